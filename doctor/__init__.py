@@ -18,7 +18,7 @@ if (
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from doctor.core.version import __version__  # noqa: F401 - doctor.__version__ is the public name
+from doctor.core.version import __version__
 
 _HOME = {
     "check": "doctor.api",
@@ -45,6 +45,7 @@ __all__ = [
     "Recipe",
     "Report",
     "StopAtNonfinite",
+    "__version__",
     "advise",
     "check",
     "compare",

@@ -33,7 +33,9 @@ JOINED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromke
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
 # Entries of a recipe that many models have no module for: a head that is the embedding, towers, further layers.
-OFTEN_ABSENT = re.compile(r"head|embed|vis|audio|image|projector|merger|modal|mtp|nextn|norm|gate|router|proj_out")
+OFTEN_ABSENT = re.compile(
+    r"head|embed|vis|audio|image|projector|merger|modal|mtp|nextn|norm|gate|router|proj_out|output_proj"
+)
 
 
 @rule("O623", "error", implied_by=("O620", "O621", "O619", "O613"))

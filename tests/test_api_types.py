@@ -25,6 +25,7 @@ JOBS = {
 SCRIPT = """
 import torch
 
+import doctor
 from doctor import Recipe, advise, check, convert, explain, kvcache, quantize, tune, verify
 
 recipe = Recipe(method="gptq", bits=4, group_size=64)
@@ -39,6 +40,7 @@ advice = advise("model", memory=24 << 30, gpus=2)
 page: str = explain("W201")
 html: str = report.to_html()
 first: str = advice.fitting[0].quantize
+version: str = doctor.__version__
 ok: bool = done.report.ok and compared.ok
 """
 WRONG = 'from doctor import quantize, tune\nquantize("model", "out", row=8)\ntune("out", "model", "tuned", row=8)\n'

@@ -1,8 +1,9 @@
 """Brings doctor/locale/LANGUAGE/LC_MESSAGES/doctor.po up to date with the code (`make translations`).
 
 A template is the first argument of `_` and `say`, and the first two of `plural` and `counted`, in doctor/, rules/ and
-the HTML page; where it is a choice (`a if c else b`), each of its branches. A translation stays while its template
-does; one whose template is gone is dropped. `--check` writes nothing and exits 1 where a catalogue is out of date.
+the HTML page, and what a fact says; where it is a choice (`a if c else b`), each of its branches. A translation stays
+while its template does; one whose template is gone is dropped. `--check` writes nothing and exits 1 where a catalogue
+is out of date.
 """
 
 import ast
@@ -24,6 +25,8 @@ KEYWORDS = {"_": None, "say": None, "plural": (1, 2), "counted": (1, 2)}
 def python_templates(file, keywords, comment_tags, options) -> Iterator[tuple]:
     """An extraction method for Babel: unlike its own it sees messages in f-strings, and every branch of a choice."""
     for node in ast.walk(ast.parse(file.read())):
+        if described := _fact(node):
+            yield node.lineno, "_", " ".join(described.split()), []
         if not isinstance(node, ast.Call):
             continue
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
@@ -32,6 +35,15 @@ def python_templates(file, keywords, comment_tags, options) -> Iterator[tuple]:
             choices = [list(_constants(argument)) for argument in node.args[:wanted]]
             for texts in zip(*choices, strict=False):
                 yield node.lineno, name, texts if wanted > 1 else texts[0], []
+
+
+def _fact(node: ast.AST) -> str:
+    """What a fact says, where a node declares one: the last argument of `provide`, the docstring below `@fact`."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "provide" and len(node.args) == 4:
+        return next(_constants(node.args[3]), "")
+    marks = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+    declared = any(isinstance(mark, ast.Call) and getattr(mark.func, "id", "") == "fact" for mark in marks)
+    return (ast.get_docstring(node) or "") if declared else ""
 
 
 def _constants(node: ast.expr) -> Iterator[str]:

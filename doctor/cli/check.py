@@ -118,9 +118,9 @@ def command(
 
         return print_settings(ctx)
     if fix_too != (output is not None) or (fix_too and len(paths) != 1):
-        raise click.UsageError("--fix writes one fixed copy: give one CHECKPOINT and -o DIR.")
+        raise click.UsageError(_("--fix writes one fixed copy: give one CHECKPOINT and -o DIR."))
     if (merge_base is None) != (adapter is None) or (adapter is not None and len(paths) != 1):
-        raise click.UsageError("--base and --adapter go together, with one CHECKPOINT: the merged one.")
+        raise click.UsageError(_("--base and --adapter go together, with one CHECKPOINT: the merged one."))
     outputs = outputs_of(formats, concise)
     with json_on_failure(outputs):
         recipe = asked_recipe(flags, ctx.obj)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from doctor.cli import failures, groups
+from doctor.cli import failures, groups, usage
 from doctor.core.messages import _
 from doctor.locale import catalogue
 
@@ -65,7 +65,9 @@ class Command(click.Command):
     @property
     def examples(self) -> tuple[str, ...]:
         """Lines to paste; what stands after several blanks says what one does."""
-        return groups.EXAMPLES.get(self.callback.__module__.rpartition(".")[2] if self.callback else "", ())
+        found = groups.EXAMPLES.get(self.callback.__module__.rpartition(".")[2] if self.callback else "", ())
+        wide = max((len(line) for line, what in found if what), default=0)
+        return tuple(f"{line:<{wide}}   {catalogue.translated(what)}".rstrip() for line, what in found)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options under headings, where there are many."""
@@ -85,7 +87,8 @@ class Command(click.Command):
         """Set the language, give old names their new ones and bare options their value, then parse."""
         listen_for_language(ctx, args)
         end = args.index("--") if "--" in args else len(args)
-        return super().parse_args(ctx, [*(self._current(word) for word in args[:end]), *args[end:]])
+        with usage.in_words(ctx):
+            return super().parse_args(ctx, [*(self._current(word) for word in args[:end]), *args[end:]])
 
     def _current(self, word: str) -> str:
         flag, equals, value = word.partition("=")
@@ -148,7 +151,15 @@ class Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Set the language, then parse."""
         listen_for_language(ctx, args)
-        return super().parse_args(ctx, args)
+        with usage.in_words(ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named; an error is in the reader's language."""
+        with usage.in_words(ctx):
+            return super().resolve_command(ctx, args)
 
 
 def _page(command: click.Command, ctx: click.Context) -> str:

@@ -54,7 +54,7 @@ def command(
 
     if len(paths) < 2:
         raise click.UsageError(
-            "compare: give two quantized models or more; `doctor verify ORIGINAL QUANTIZED` looks at one."
+            _("compare: give two quantized models or more; `doctor verify ORIGINAL QUANTIZED` looks at one.")
         )
     outputs = outputs_of(formats, known=KV_FORMATS)
     with json_on_failure(outputs):

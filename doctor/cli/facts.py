@@ -10,6 +10,7 @@ from doctor.cli.command import Command
 from doctor.cli.options import lang_option, option, rules_dir_option
 from doctor.core.facts import COSTS, FACTS, SCOPES, Fact
 from doctor.core.messages import _
+from doctor.locale.catalogue import say, translated
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +40,7 @@ def command(words: tuple[str, ...], scope: str | None, format: str, rules_dirs: 
         fact
         for fact in sorted(FACTS.values(), key=lambda f: (SCOPES.index(f.scope), COSTS.index(f.cost), f.name))
         if scope in (None, fact.scope)
-        and (not words or any(w.lower() in f"{fact.name} {fact.doc}".lower() for w in words))
+        and (not words or any(w.lower() in f"{fact.name} {_line(fact)} {_said(fact)}".lower() for w in words))
     ]
     if format == "json":
         rows = [{"name": f.name, "scope": f.scope, "cost": f.cost, "doc": _line(f)} for f in chosen]
@@ -47,8 +48,8 @@ def command(words: tuple[str, ...], scope: str | None, format: str, rules_dirs: 
 
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     elif format == "markdown":
-        lines = ["| fact | scope | cost | what it says |", "|---|---|---|---|"]
-        lines += [f"| `{f.name}` | {f.scope} | {f.cost} | {_line(f).replace('|', chr(92) + '|')} |" for f in chosen]
+        lines = ["| " + " | ".join(_heads()) + " |", "|---|---|---|---|"]
+        lines += [f"| `{f.name}` | {f.scope} | {f.cost} | {_said(f).replace('|', chr(92) + '|')} |" for f in chosen]
         sys.stdout.write("\n".join(lines) + "\n")
     else:
         from doctor.report.screen import console
@@ -61,13 +62,22 @@ def _table(facts: list[Fact]) -> "Table":
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("fact", "scope", "cost"):
+    *titles, last = _heads()
+    for title in titles:
         table.add_column(title, no_wrap=True)
-    table.add_column("what it says", overflow="fold")
+    table.add_column(last, overflow="fold")
     for fact in facts:
-        table.add_row(Text(fact.name), fact.scope, fact.cost, Text(_line(fact)))
+        table.add_row(Text(fact.name), fact.scope, fact.cost, Text(_said(fact)))
     return table
+
+
+def _heads() -> list[str]:
+    return [say("fact"), say("scope"), say("cost"), say("what it says")]
 
 
 def _line(fact: Fact) -> str:
     return " ".join(fact.doc.split())
+
+
+def _said(fact: Fact) -> str:
+    return translated(_line(fact))

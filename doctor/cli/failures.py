@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from doctor.cli import stderr
+from doctor.cli import stderr, usage
 from doctor.core.errors import CheckpointNotReady, DoctorError, MachineError
 from doctor.core.messages import _
 
@@ -32,7 +32,7 @@ def shown() -> Iterator[None]:
     except click.exceptions.Exit:
         raise
     except click.ClickException as error:
-        error.show()
+        usage.in_language(error).show()
         sys.exit(2)
     except BrokenPipeError:  # `doctor check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -93,15 +93,15 @@ def command(
     if dry_run and not in_place and output is None:
         output = "fixed"  # what the diff calls it; nothing is written
     if in_place == (output is not None):
-        raise click.UsageError("Give -o DIR, or --in-place, and not both.")
+        raise click.UsageError(_("Give -o DIR, or --in-place, and not both."))
     if for_readers:
         reader = table("readers")["generations"][for_readers]
         flags |= {"method": "none", "runtime": reader["runtime"]}
         only, unsafe_fixes = (*only, *reader["rules"]), ",".join(filter(None, (unsafe_fixes, *reader["rules"])))
     if flags["copy"] and flags["link"]:
-        raise click.UsageError("Give --copy or --link, not both.")
+        raise click.UsageError(_("Give --copy or --link, not both."))
     if in_place and flags["link"]:
-        raise click.UsageError("--link would make the kept checkpoint change with the fixed one; leave it out.")
+        raise click.UsageError(_("--link would make the kept checkpoint change with the fixed one; leave it out."))
     recipe = asked_recipe(flags, ctx.obj)
     for note in api.recover(path):
         notice(note)

@@ -14,7 +14,7 @@ from doctor.cli.command import Commands, Group, Option, take_language
 from doctor.core.messages import _
 from doctor.core.version import __version__
 from doctor.locale import catalogue
-from doctor.quant import import_stubs
+from doctor.quant import held_import, import_stubs
 
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -86,6 +86,7 @@ def main(args: list[str] | None = None) -> None:
     gc.set_threshold(100_000, 20, 20)
     if args is None:  # a process of doctor's own
         import_stubs.install()
+        held_import.install()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ✓ must not end the run

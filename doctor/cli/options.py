@@ -298,7 +298,7 @@ def overrides(values: Iterable[str]) -> tuple[str, ...]:
         match = re.fullmatch(r"(.+?)(?::bits)?=(\d+)", value.strip())
         if match is None or match[1] == ":bits":
             raise click.BadParameter(
-                f"{value!r} must be PATTERN:bits=B or PATTERN:scheme=NAME, as '*down_proj:bits=8'.",
+                _("{value} must be PATTERN:bits=B or PATTERN:scheme=NAME, as '*down_proj:bits=8'.", value=repr(value)),
                 param_hint="'--override'",
             )
         found.append(f"{match[1]}={match[2]}")
@@ -322,9 +322,13 @@ def size_in_bytes(text: str, option: str = "--memory") -> int | None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", text, re.I)
     if not match:
-        raise click.BadParameter(f"{text!r} is not a size; write 24GB or 24GiB.", param_hint=f"'{option}'")
+        raise click.BadParameter(
+            _("{text} is not a size; write 24GB or 24GiB.", text=repr(text)), param_hint=f"'{option}'"
+        )
     if match[0].strip() == match[1] and float(match[1]) < LEAST_PLAIN:
-        raise click.BadParameter(f"{text!r} is a number of bytes; must have a unit, as 24GB.", param_hint=f"'{option}'")
+        raise click.BadParameter(
+            _("{text} is a number of bytes; must have a unit, as 24GB.", text=repr(text)), param_hint=f"'{option}'"
+        )
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 
@@ -334,7 +338,9 @@ def count_of_tokens(text: str | None) -> int | None:
         return None
     match = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", text, re.I)
     if not match or not int(match[1]):
-        raise click.BadParameter(f"{text!r} is not a number of tokens; write 32768 or 32k.", param_hint="'--context'")
+        raise click.BadParameter(
+            _("{text} is not a number of tokens; write 32768 or 32k.", text=repr(text)), param_hint="'--context'"
+        )
     return int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()]
 
 
@@ -353,7 +359,10 @@ def outputs_of(
     for name, _file in chosen:
         if name not in known:
             near = translated(nearest(name, known))
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}. {near}".rstrip(), param_hint="'-f'")
+            said = translated(_("{word} is not one of {words}.", word=repr(name), words=", ".join(known)))
+            raise click.BadParameter(f"{said} {near}".rstrip(), param_hint="'-f'")
     if sum(not file for _name, file in chosen) > 1:
-        raise click.UsageError("Only one format can go to stdout; give the others a file, as in -f html:report.html.")
+        raise click.UsageError(
+            _("Only one format can go to stdout; give the others a file, as in -f html:report.html.")
+        )
     return chosen or [("full", "")]

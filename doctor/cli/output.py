@@ -19,6 +19,7 @@ from doctor.locale import catalogue
 
 if TYPE_CHECKING:
     from doctor.lint.engine import Report
+    from doctor.report.screen import Steps
 
 Outputs = Sequence[tuple[str, str]]  # (format, file or "" for stdout)
 
@@ -49,8 +50,12 @@ class json_on_failure:
                 write(failure(of_extra(error) or error), file)
 
 
-def emit(reports: list["Report"], outputs: Outputs, verbose: bool = False, matrix: bool = False) -> None:
-    """Print or write each format. The screen goes through rich, so that it knows the terminal's width and colours."""
+def emit(
+    reports: list["Report"], outputs: Outputs, verbose: bool = False, matrix: bool = False, then: "Steps" = ()
+) -> None:
+    """Print or write each format. The screen goes through rich, so that it knows the terminal's width and colours.
+    then: what to type next, which the screen alone says.
+    """
     from doctor.report import render
 
     for name, file in outputs:
@@ -58,7 +63,7 @@ def emit(reports: list["Report"], outputs: Outputs, verbose: bool = False, matri
             from doctor.report.formats.terminal import show
             from doctor.report.screen import console
 
-            show(reports, console(sys.stdout), verbose, matrix)
+            show(reports, console(sys.stdout), verbose, matrix, then)
         elif name == "statistics":
             from doctor.report.formats.terminal import show_statistics
             from doctor.report.screen import console

@@ -45,6 +45,7 @@ from doctor.locale import catalogue
 if TYPE_CHECKING:
     from doctor.lint.engine import Report
     from doctor.quant.allocation.budget import Budget
+    from doctor.report.screen import Steps
 
 USUAL_ROWS = 4  # of the comparison at the end: enough for a spread, and few beside those that calibrate
 
@@ -246,9 +247,11 @@ def command(
     outputs = outputs_of(formats)
     with json_on_failure(outputs):
         if flags["method"] in OTHER_GOALS:
-            raise click.UsageError(f"--for {flags['method']} quantizes nothing: doctor check judges the files.")
+            raise click.UsageError(
+                _("--for {goal} quantizes nothing: doctor check judges the files.", goal=flags["method"])
+            )
         if retry_failed and not resume:
-            raise click.UsageError("--retry-failed goes with --resume.")
+            raise click.UsageError(_("--retry-failed goes with --resume."))
         budget = _budget(bpw, size, schemes, measurement)
         if (budget is not None or kv_cache) and not flags["scheme"]:
             format = format or "compressed-tensors"  # whose mixtures transformers and vLLM read, and which holds scales
@@ -263,7 +266,7 @@ def command(
         )
         run = given(rows=rows, max_seq_length=max_seq_length, memory=size_in_bytes(memory), calibration=calibration)
         if verify_rows is not None and verify_rows < 0:
-            raise click.BadParameter(f"{verify_rows} must be 0 or more.", param_hint="'--verify'")
+            raise click.BadParameter(_("{rows} must be 0 or more.", rows=verify_rows), param_hint="'--verify'")
         compared = (USUAL_ROWS if recipe.calibrated else 0) if verify_rows is None else verify_rows
         if push:
             hub_push.require_pushable(push)
@@ -273,7 +276,7 @@ def command(
             _print_forecast(api.plan_quantize(path, output, recipe, **planned), outputs)
         if recipes is not None:
             if not preflight:
-                raise click.UsageError("--recipes goes with --preflight: one run quantizes by one recipe.")
+                raise click.UsageError(_("--recipes goes with --preflight: one run quantizes by one recipe."))
             options = {**run, "fix": fix, "unsafe_fixes": words([unsafe_fixes]), "device": device}
             sweep.try_recipes(path, output, recipes, recipe, formats, **options)
         with run_lines(notice) as line:
@@ -299,9 +302,8 @@ def command(
             )
         if int(os.environ.get("RANK", "0")):  # under torchrun, rank 0 speaks for all
             exit_for([result.report])
-        emit([result.report], outputs, verbose)
-        if result.output and result.report.ok and ("full", "") in outputs:
-            _print_next(path, result.output, result.report)
+        then = _next(path, result.output, result.report) if result.output and result.report.ok else ()
+        emit([result.report], outputs, verbose, then=then)
     if result.forecast is not None:
         _print_forecast(result.forecast, [], result.report)
     notice(_("Wrote {file}", file=output) if result.output else _("Nothing was written."))
@@ -316,27 +318,25 @@ def _budget(bpw: float | None, size: str, schemes: str, measurement: Path | None
     """What the flags say of a budget, None where they say nothing. Raises UsageError for what does not go together."""
     if bpw is None and not size:
         if schemes or measurement:
-            raise click.UsageError("--schemes and --measurement: need --bpw or --size.")
+            raise click.UsageError(_("--schemes and --measurement: need --bpw or --size."))
         return None
     if bpw is not None and size:
-        raise click.UsageError("--bpw and --size: one of the two.")
+        raise click.UsageError(_("--bpw and --size: one of the two."))
     if bpw is not None and not 0 < bpw <= 16:
-        raise click.UsageError(f"--bpw {bpw:g}: must be above 0 and at most 16.")
+        raise click.UsageError(_("--bpw {bits:g}: must be above 0 and at most 16.", bits=bpw))
     from doctor.formats.schemes import integer_bits
     from doctor.quant.allocation.budget import Budget
 
     return Budget(bpw, size_in_bytes(size, "--size"), tuple(map(integer_bits, words([schemes]))), measurement)
 
 
-def _print_next(original: str, output: Path, report: "Report") -> None:
+def _next(original: str, output: Path, report: "Report") -> "Steps":
     from doctor.report import after
-    from doctor.report.screen import console
 
     files = sorted(file.name for file in output.glob("*.gguf"))
     shown = Path(os.path.relpath(output)) if output.is_relative_to(Path.cwd()) else output
     kind = str(report.summary.get("kind", "decoder"))
-    steps = after.commands(original, shown, report.recipe, files[0] if files else "", kind)
-    after.show(steps, console(sys.stdout))
+    return after.commands(original, shown, report.recipe, files[0] if files else "", kind)
 
 
 def _print_forecast(forecast: Any, outputs: Outputs = (), report: "Report | None" = None) -> NoReturn:
@@ -356,5 +356,5 @@ def _rows_to_tune(text: str) -> str | int:
     if text in ("auto", "off"):
         return text
     if not text.isdecimal() or int(text) < 2:
-        raise click.UsageError(f"--tune {text}: must be auto, off or a number of rows from 2 on.")
+        raise click.UsageError(_("--tune {rows}: must be auto, off or a number of rows from 2 on.", rows=text))
     return int(text)

@@ -51,9 +51,9 @@ def error(message: str, hint: str) -> None:
     message, hint = (safe_lines(catalogue.translated(text)) for text in (message, hint))
     if mode() == "json":
         return write_json(step="error", text=message, hint=hint, seconds=_seconds())
-    click.echo(f"Error: {message}", err=True)
+    click.echo(catalogue.say("Error: {message}", message=message), err=True)
     if hint:
-        click.echo(f"Hint: {hint}", err=True)
+        click.echo(catalogue.say("Hint: {hint}", hint=hint), err=True)
 
 
 def write_json(**values: Any) -> None:

@@ -31,6 +31,6 @@ def command(files: tuple[Path, ...], forget: bool) -> None:
             continue
         found = config.read(file)
         if found is None:
-            raise click.UsageError(f"{file}: holds no [tool.doctor].")
+            raise click.UsageError(_("{file}: holds no [tool.doctor].", file=file))
         trust.allow(file)
         notice(_("{file}: trusted until it changes. It sets {what}.", file=file, what=found.contents()))

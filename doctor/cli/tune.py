@@ -71,7 +71,9 @@ def command(
 
     for name, value in (("--rows", rows), ("--passes", passes)):
         if value is not None and value < 1 + (name == "--rows"):
-            raise click.UsageError(f"{name} {value}: must be {1 + (name == '--rows')} or more.")
+            raise click.UsageError(
+                _("{flag} {value}: must be {least} or more.", flag=name, value=value, least=1 + (name == "--rows"))
+            )
     options = given(
         calibration=calibration,
         rows=rows,

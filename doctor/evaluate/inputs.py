@@ -1,6 +1,7 @@
 """What verify and kvcache feed a model with: rows of held-out text, and prompts."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError
 from doctor.core.messages import _
+from doctor.model.spec import build_spec
 from doctor.quant.calibration.documents import heldout_documents, read_documents
 from doctor.quant.calibration.rows import rows_of
 from doctor.quant.calibration.tokenizer import load_tokenizer
@@ -21,7 +23,17 @@ PROMPTS = (
     "def add(a, b):\n    return",
     "1, 2, 3, 4, 5,",
 )
+_LEARNED = re.compile(r"\b(?:wpe|embed_positions|position_embeddings?)\.weight$")
 PROMPT_TOKENS = 16  # of a held-out row, where there is no tokenizer to make prompts with
+
+
+def fitting(checkpoint: Checkpoint, context: int) -> int:
+    """Tokens of a row, at most `context`: as many as there are learned positions, behind which a lookup fails. Rotary
+    positions have no end.
+    """
+    if not any(map(_LEARNED.search, checkpoint.tensors)):
+        return context
+    return min(context, build_spec(checkpoint.value("config.json") or {}, {}).max_positions or context)
 
 
 def text_rows(

@@ -20,7 +20,7 @@ from doctor.core.host import describe
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.evaluate.compare import Streamed, scored, streamed_pair, walk
-from doctor.evaluate.inputs import quiet, text_rows
+from doctor.evaluate.inputs import fitting, quiet, text_rows
 from doctor.evaluate.own_measure import kind_of
 from doctor.evaluate.ranking_report import Contender, Difference, Ranking
 from doctor.evaluate.scores import Tally, apart
@@ -57,6 +57,7 @@ def rank(
             _("{name}: has no next-token logits to compare.", name=source.name),
             _("`doctor verify` compares embeddings and scores, one model at a time."),
         )
+    context = fitting(source, context)
     ids, _tokenizer, said = text_rows(source, text, rows, context)
     with quiet(), device_memory(device):
         first, *rest = _streams(source, others, ids, device)

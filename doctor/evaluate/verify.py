@@ -20,7 +20,7 @@ from doctor.evaluate.clients.harness import run_tasks
 from doctor.evaluate.clients.load_proof import prove_loading
 from doctor.evaluate.clients.logprobs import CLIENTS, run_client
 from doctor.evaluate.compare import compare
-from doctor.evaluate.inputs import prompts_of, quiet, text_rows
+from doctor.evaluate.inputs import fitting, prompts_of, quiet, text_rows
 from doctor.evaluate.own_measure import compare_own, kind_of
 from doctor.lint.engine import Report, judge, load_rules, locate
 from doctor.model.quantization_config import stored_recipe
@@ -77,6 +77,7 @@ def verify(
     first, second = (x if isinstance(x, Checkpoint) else Checkpoint.open(x) for x in (original, quantized))
     _require_reader(second, client)
     first = as_float(first) if first.gguf else first
+    context = fitting(first, context)
     ids, tokenizer, source = text_rows(first, text, rows, context)
     own = kind_of(first)
     if own and client is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar
 
-from doctor.core.recipe import FORMATS, Recipe
+from doctor.core.recipe import FORMATS, Recipe, Scheme
 from doctor.formats.base import Format, Quantization
 
 KNOWN: dict[str, Format] = {}  # every format, those that are only read too
@@ -39,6 +39,7 @@ def _look_again() -> None:
     sampled_tails.cache_clear()
     verbatim_tails.cache_clear()
     scale_tails.cache_clear()
+    _bytes.cache_clear()
 
 
 def format_of(recipe: Recipe) -> Format:
@@ -49,7 +50,13 @@ def format_of(recipe: Recipe) -> Format:
 def stored_bytes(recipe: Recipe, linear: str, in_features: int, out_features: int) -> int:
     """Bytes of a linear's tensors, as its own part of the recipe stores it."""
     own = recipe.for_linear(linear)
-    return format_of(own).bytes(in_features, out_features, own.scheme)
+    return _bytes(own.output_format, in_features, out_features, own.scheme)
+
+
+@cache
+def _bytes(form: str, in_features: int, out_features: int, scheme: Scheme) -> int:
+    """A mixture has tens of thousands of linears of a handful of sizes."""
+    return KNOWN[form].bytes(in_features, out_features, scheme)
 
 
 @cache

@@ -176,9 +176,22 @@ def text_block(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     return dict(config), None
 
 
+def _by_layer(block: dict[str, Any]) -> dict[str, Any]:
+    """Dory's config.json lists attention and MLP as two; transformers makes one layer of each pair (5.24,
+    models/dory/configuration_dory.py) and halves the numbers of layers.
+    """
+    kinds = block.get("layer_types")
+    if not isinstance(kinds, list) or not kinds or len(kinds) % 2 or set(map(str, kinds[1::2])) != {"mlp"}:
+        return block
+    counts = ("num_hidden_layers", "n_input_layers", "n_recurrent_layers", "n_output_layers")
+    halves = {key: block[key] // 2 for key in counts if isinstance(block.get(key), int)}
+    return {**block, **halves, "layer_types": kinds[::2]}
+
+
 def build_spec(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelSpec:
     """Spec of a parsed config.json and its tensors. Never raises on odd values: an unusable value is None."""
     block, text_key = text_block(config)
+    block = _by_layer(block)
     architectures = config.get("architectures")
     architecture = (
         architectures[0]

@@ -159,7 +159,7 @@ def needs(
 
 def _needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, length: int) -> Need:
     checkpoint, spec = unfuse(checkpoint, spec, recipe)
-    linears = [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
+    linears = _quantized(spec, recipe)
     output = _output_bytes(checkpoint, linears, recipe)
     if streams(recipe):
         held = min(STREAM_WORKERS, os.cpu_count() or 1) * STREAM_BYTES
@@ -170,10 +170,10 @@ def _needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, l
     tokens = rows * length
     inside = {t.name for tensors in by_layer.values() for t in tensors}
     outside = [t for t in checkpoint.tensors.values() if t.name not in inside]
-    hessians = _hessian_bytes(linears, recipe) if rows else 0
+    hessians, width = _hessian_bytes(linears, recipe) if rows else 0, _width(spec, linears)
 
     def batch(most_tokens: int) -> int:
-        return 4 * min(tokens, max(most_tokens, length)) * _width(spec, linears) if rows else 0
+        return 4 * min(tokens, max(most_tokens, length)) * width if rows else 0
 
     block = max(layer.held for layer in layers)
     computing = 4 * max((x.in_features * x.out_features for x in linears), default=0) if rows else 0
@@ -189,7 +189,7 @@ def _needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, l
         packed=max(layer.packed for layer in layers),
         ahead=max(layer.held for layer in layers) if len(layers) > 1 else 0,
         hessians=hessians,
-        solving=max((_solving(x, recipe, bool(rows)) for x in linears), default=0),
+        solving=max((_solving(x, own, bool(rows)) for x, own in _of_each_size(linears, recipe)), default=0),
         computing=computing,
         batch=batch(BATCH_TOKENS),
         row=batch(0),
@@ -200,6 +200,16 @@ def _needs(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, l
         solving_on_device=hessians + on_device,
         on_small_device=small,
     )
+
+
+def row_bytes(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, length: int) -> int:
+    """What a decoder layer computes for one row of `length` tokens: Need.row, without the rest."""
+    checkpoint, spec = unfuse(checkpoint, spec, recipe)
+    return 4 * length * _width(spec, _quantized(spec, recipe))
+
+
+def _quantized(spec: ModelSpec, recipe: Recipe) -> list[Linear]:
+    return [x for x in spec.linears if x.block is not None and not is_kept(recipe, x.name)]
 
 
 class _Layer(NamedTuple):
@@ -222,13 +232,18 @@ def _layer(tensors: list[TensorInfo], quantized: Mapping[str, Linear], recipe: R
     return _Layer(held, packed, sum(t.numel for t in tensors))
 
 
+def _of_each_size(linears: list[Linear], recipe: Recipe) -> list[tuple[Linear, Recipe]]:
+    """One linear, with its own recipe, of each size and recipe: a mixture has tens of thousands of a handful."""
+    pairs = ((x, recipe.for_linear(x.name)) for x in linears)
+    return list({(x.in_features, x.out_features, x.expert is None, own): (x, own) for x, own in pairs}.values())
+
+
 def _solving(x: Linear, recipe: Recipe, calibrated: bool) -> int:
-    """Bytes that solving one linear holds on a CPU, besides its Hessian and its weight as stored."""
+    """Bytes that solving one linear by its own recipe holds on a CPU, besides its Hessian and its weight as stored."""
     if native.level() is None:
         return solving_in_torch([x], calibrated)
     n, k = x.out_features, x.in_features
     stored = 2 * n * k if x.expert is not None else 0  # read for it alone
-    recipe = recipe.for_linear(x.name)
     form = format_of(recipe)
     if recipe.folds_scales or form.in_blocks or form.grid(recipe.scheme).levels == E4M3:
         return stored + 4 * _OBLONGS_OF_ALL_ROWS * n * k

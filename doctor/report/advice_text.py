@@ -9,6 +9,7 @@ from rich.text import Text
 
 from doctor.core.messages import listed
 from doctor.evaluate.advise.advice import Advice, Option
+from doctor.evaluate.advise.candidates import STORED
 from doctor.locale.catalogue import counted, current, say, translated
 from doctor.report.formats.json_report import dumps
 from doctor.report.screen import Screen, aligned, console, styled
@@ -17,7 +18,7 @@ from doctor.report.text import count, pad, safe, size
 GIB = 1 << 30
 COMMANDS = 3  # of the best rows, on a screen
 _LONGEST, _BITS = 7, 8  # columns
-_RIGHT = frozenset({0, 2, 4, 5, 6, _LONGEST, _BITS, 9})
+_RIGHT = frozenset({0, 2, 4, 5, 6, _LONGEST, _BITS, 9, 10})
 
 
 def advice_json(advice: Advice) -> str:
@@ -108,8 +109,8 @@ def _by_reason(rows: list[tuple[Option, str]]) -> list[tuple[str, str]]:
     found: dict[str, list[str]] = {}
     for option, reason in rows:
         names = found.setdefault(reason, [])
-        if option.scheme not in names:
-            names.append(option.scheme)
+        if (name := translated(option.scheme)) not in names:
+            names.append(name)
     return [(", ".join(names), reason) for reason, names in found.items()]
 
 
@@ -178,7 +179,7 @@ def cells(n: int, option: Option) -> list[str]:
     """A row of the table."""
     return [
         str(n),
-        option.scheme,
+        translated(option.scheme),
         str(option.gpus),
         option.cache,
         f"{option.weight_bytes / GIB:.2f}",
@@ -186,7 +187,7 @@ def cells(n: int, option: Option) -> list[str]:
         f"{option.free_bytes / GIB:.1f}",
         say("any") if option.longest is None else f"{option.longest:,}",
         f"{option.bits:.2f}",
-        "?" if option.kl is None else f"{option.kl:.4f}",
+        "?" if _unknown(option) else "" if option.kl is None else f"{option.kl:.4f}",
         "" if option.perplexity is None else f"{option.perplexity - 1:+.1%}",
     ]
 
@@ -208,7 +209,7 @@ def shortest_said(advice: Advice) -> str:
     if not near:
         return say("no scheme would run")
     best = max(near, key=lambda o: o.free_bytes)
-    return say("{scheme} comes nearest: {short}", scheme=best.scheme, short=short_said(best))
+    return say("{scheme} comes nearest: {short}", scheme=translated(best.scheme), short=short_said(best))
 
 
 def blocked_said(option: Option) -> str:
@@ -221,18 +222,10 @@ def legend(options: list[Option], columns: Sequence[int] = (_LONGEST,)) -> list[
     """What these columns mean, and where the figures of quality come from."""
     if not options:
         return []
-    models = sorted({o.measured_on for o in options if o.measured_on})
     found = [say("weights, cache, left: GiB on one GPU")]
     if _LONGEST in columns:
         found.append(say("longest: tokens of a sequence that fit, of the model's positions"))
-    if models:
-        found.append(
-            say(
-                "KL, perplexity: measured on {models}, small models that lose most: an order, not a forecast; ? is not "
-                "measured; `doctor verify` measures yours",
-                models=translated(listed(models)),
-            )
-        )
+    found += _measured(options)
     alone = [o.scheme for o in options if o.weights_alone]
     if alone:
         found.append(
@@ -243,6 +236,36 @@ def legend(options: list[Option], columns: Sequence[int] = (_LONGEST,)) -> list[
         )
     published = dict.fromkeys((o.scheme.split(" ")[0], o.published) for o in options if o.published)
     found += [say("{scheme}: {published}", scheme=name, published=translated(text)) for name, text in published]
+    return found
+
+
+def _unknown(option: Option) -> bool:
+    """Whether a figure is owed: what is served as it is stored loses nothing by that."""
+    return option.kl is None and option.scheme != STORED
+
+
+def _measured(options: list[Option]) -> list[str]:
+    """On which models quality was measured, and what was not."""
+    by_model: dict[str, list[str]] = {}
+    for option in options:
+        if option.measured_on:
+            by_model.setdefault(option.measured_on, []).append(option.scheme)
+    models = sorted(by_model, key=lambda model: -len(by_model[model]))
+    found = []
+    if models:
+        found.append(
+            say(
+                "KL, perplexity: measured on {models}, small models that lose most: an order, not a forecast; "
+                "`doctor verify` measures yours",
+                models=translated(listed(models)),
+            )
+        )
+    for model in models[1:]:  # figures of two models are not to be compared
+        found.append(say("{schemes}: on {model}", schemes=", ".join(by_model[model]), model=model))
+    if unknown := [option.scheme for option in options if _unknown(option)]:
+        found.append(
+            say("?: {schemes} not measured; they stand where bits and groups put them", schemes=", ".join(unknown))
+        )
     return found
 
 
@@ -261,7 +284,12 @@ def advice_markdown(advice: Advice) -> str:
             lines += ["", f"**{title}**", "", *(f"- {names}: {reason}" for names, reason in _by_reason(rows))]
     lines += ["", *(f"- {line}" for line in legend(fitting))]
     for n, option in enumerate(fitting, 1):
-        lines += ["", f"{n}. {option.scheme}", "", *(f"       {x}" for x in (option.quantize, option.serve) if x)]
+        lines += [
+            "",
+            f"{n}. {translated(option.scheme)}",
+            "",
+            *(f"       {x}" for x in (option.quantize, option.serve) if x),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -282,7 +310,7 @@ def advice_html(advice: Advice) -> str:
         right=_RIGHT,
         nearest=shortest_said(advice),
         others=[(title, _by_reason(rows)) for title, rows in others(options)],
-        commands=[(o.scheme, [x for x in (o.quantize, o.serve) if x]) for o in fitting],
+        commands=[(translated(o.scheme), [x for x in (o.quantize, o.serve) if x]) for o in fitting],
         legend=legend(fitting),
         data=inside_script(advice_json(advice)),
     )

@@ -4,23 +4,16 @@ import json
 import shlex
 from pathlib import Path
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
-
 from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
 from doctor.formats.registry import format_of
-from doctor.locale.catalogue import say, translated
 from doctor.plan.launch import cache_flags, launch
 from doctor.plan.runtimes import in_force, reads
 from doctor.plan.serving import groups_of, schemes, serves, stated
-from doctor.report.screen import Screen, styled
-from doctor.report.text import pad, safe
+from doctor.report.screen import Steps
 
 _NOT_WRITERS = ("encoder", "encoder-decoder", "audio")  # kinds of models that write no text of their own
-Steps = list[tuple[str, str]]  # (command, what it does)
 
 
 def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: str = "decoder") -> Steps:
@@ -31,7 +24,7 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: 
     if kind in _NOT_WRITERS:
         verify = (f"doctor verify {shlex.quote(original)} {out}", _("hidden states of both"))
         return [verify, *_for_two_halves(output, ", ".join(form.libraries), kind)]
-    found: Steps = [(f"doctor verify {shlex.quote(original)} {out}", _("perplexity, divergence and replies of both"))]
+    found = [(f"doctor verify {shlex.quote(original)} {out}", _("perplexity, divergence and replies of both"))]
     if form.in_blocks:
         file = shlex.quote(str(output / gguf))
         return [*found, (f"llama-server -m {file}", _("serve it in llama.cpp"))]
@@ -85,17 +78,3 @@ def served_by(name: str, recipe: Recipe) -> bool:
         return True
     rows = [row for row in table("kernels")[name] if in_force(row, "")]
     return bool(reads(rows, form.name, *recipe.scheme[:3]))
-
-
-def show(steps: Steps, out: Console) -> None:
-    """Print them, what each does beside it where there is room."""
-    screen = Screen(out)
-    width = max(cell_len(command) for command, _what in steps)
-    beside = all(8 + width + 3 + cell_len(translated(what)) <= screen.width for _command, what in steps)
-    for i, (command, what) in enumerate(steps):
-        head = styled(("  " + pad(say("next"), 6) if i == 0 else "        ", "bold"), (safe(command), "cyan"))
-        if beside:
-            screen.line(head, " " * (width - cell_len(command) + 3), (translated(what), "bright_black"))
-        else:
-            screen.line(head)
-            screen.hang(Text("          "), Text(translated(what), "bright_black"))

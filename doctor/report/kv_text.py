@@ -218,7 +218,12 @@ def _layers(screen: Screen, data: dict) -> None:
         if top is None:
             continue
         picture = level(squeeze(values, room), common if label.startswith("error") else top)
-        screen.line("    ", pad(_label(label), 14), (picture, "cyan"), (f"   max {top:.3g}", "bright_black"))
+        screen.line(
+            "    ",
+            pad(_label(label), 14),
+            (picture, "cyan"),
+            ("   " + say("at most {top}", top=f"{top:.3g}"), "bright_black"),
+        )
     _flagged(screen, rows)
 
 

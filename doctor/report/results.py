@@ -166,10 +166,14 @@ def _tuning(t: dict) -> str:
     """What tuning the scales did, or why it was not done."""
     if t["reason"]:
         return say("not done: {reason}", reason=translated(t["reason"]))
-    words = ("{n} row that neither calibrated nor trained", "{n} rows that neither calibrated nor trained")
-    if not t["unseen"]:
-        words = ("{n} calibration row that did not train", "{n} calibration rows that did not train")
-    rows = counted(*words, t["watched"])
+    if t["unseen"]:
+        rows = counted(
+            "{n} row that neither calibrated nor trained", "{n} rows that neither calibrated nor trained", t["watched"]
+        )
+    else:
+        rows = counted(
+            "{n} calibration row that did not train", "{n} calibration rows that did not train", t["watched"]
+        )
     if not t["written"]:
         return say("KL {start} did not fall on {rows}: scales stay as they are", start=figure(t["start"]), rows=rows)
     change = f"{t['end'] / t['start'] - 1:+.0%}" if number(t["start"]) and t["start"] > 0 else ""

@@ -8,14 +8,17 @@ ends in blanks, so piped output can be compared.
 import re
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from doctor.locale.catalogue import say
+from doctor.locale.catalogue import say, translated
+from doctor.report.text import pad, safe
+
+Steps = Sequence[tuple[str, str]]  # (command, what it does)
 
 MAX_WIDTH = 110  # longer lines are hard to read, however wide the window
 
@@ -54,6 +57,19 @@ class Screen:
         for i, part in enumerate(lines):
             part.rstrip()
             self.line(head if i == 0 else Text(" " * indent), part)
+
+
+def show_steps(screen: Screen, steps: Steps) -> None:
+    """Print what to type next, what each does beside it where there is room. Commands are pasted, so never wrapped."""
+    width = max((cell_len(command) for command, _what in steps), default=0)
+    beside = all(8 + width + 3 + cell_len(translated(what)) <= screen.width for _command, what in steps)
+    for i, (command, what) in enumerate(steps):
+        head = styled(("  " + pad(say("next"), 6) if i == 0 else "        ", "bold"), (safe(command), "cyan"))
+        if beside:
+            screen.line(head, " " * (width - cell_len(command) + 3), (translated(what), "bright_black"))
+        else:
+            screen.line(head)
+            screen.hang(Text("          "), Text(translated(what), "bright_black"))
 
 
 def show_labelled(lines: Iterable[str], out: Console) -> None:

@@ -26,7 +26,7 @@ def sweep_page(found: Sweep) -> TablePage:
         sentence=say("least error: {name}", name=best.name) if best else say("every recipe would fail"),
         heads=[
             say("recipe"),
-            say("error"),
+            say("median error"),
             say("worst"),
             say("size"),
             say("bits"),
@@ -39,7 +39,7 @@ def sweep_page(found: Sweep) -> TablePage:
         droppable=(6, 2),
         more=[say("{name} would fail: {problem}", name=t.name, problem=translated(t.problem)) for t in failing],
         notes=[
-            say("error, worst: median and largest of the linears that were tried, as a share of their outputs' energy"),
+            say("median error, worst: of the linears that were tried, as a share of their outputs' energy"),
             *([say("{names}: of the weights alone, no calibration is taken", names=", ".join(alone))] if alone else []),
             say("size, time and memory: of a whole run; `doctor quantize` with one of them, then `doctor verify`"),
         ],

@@ -32,7 +32,7 @@ def run(capsys, plain_environment):
 def test_a_page_shows_every_option_once_under_a_heading_and_an_example(run, name):
     command = cli.cli.commands[name]
     page = run(name, "--help")[1]
-    assert "\nExamples:\n" in page and all(example in page for example in EXAMPLES[name])
+    assert "\nExamples:\n" in page and all(line in page and what in page for line, what in EXAMPLES[name])
     options = [p for p in command.get_params(click.Context(command)) if isinstance(p, click.Option)]
     assert sorted(p.name for _heading, members in grouped(options) for p in members) == sorted(p.name for p in options)
     assert ("\nRecipe:\n" in page) == (len(options) > FEW and any(p.name == "bits" for p in options))
@@ -40,8 +40,7 @@ def test_a_page_shows_every_option_once_under_a_heading_and_an_example(run, name
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_example_is_understood(name):
-    for line in EXAMPLES[name]:
-        call = re.split(r"\s{2,}", line)[0]
+    for call, _what in EXAMPLES[name]:
         words = shlex.split(call[call.index("doctor ") :].removesuffix(')"'))
         assert words[1] == name
         cli.cli.commands[name].make_context(name, words[2:], resilient_parsing=True)
@@ -112,3 +111,29 @@ def test_what_quantize_writes_can_be_rendered_and_a_preflight_is_called_one(run,
     assert code == 0 and "quantized to rtn 4-bit g32, by its receipt" in out and "14 rtn" in out
     code, out, _err = run("render", tmp_path / "q" / "doctor.json", "-f", "html")
     assert code == 0 and "by its receipt" in out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("quantize", "model"), "错误：缺少选项 '-o' / '--output'。"),
+        (("trust",), "错误：缺少参数 'FILE...'。"),
+        (("check", "model", "--bits", "x"), "错误：'--bits' 的值无效：须是整数。"),
+        (("check", "model", "--damp-maxx", "1"), "错误：没有这个选项：--damp-maxx。"),
+        (("check", "model", "-f", "jsn"), "错误：'-f' 的值无效：'jsn' 不在"),
+        (("chek",), "错误：没有这个命令：chek。"),
+        (("quantize", "model", "-o", "out", "--retry-failed"), "错误：--retry-failed 要与 --resume 一起用。"),
+        (("advise", "model", "--memory", "24"), "错误：'--memory' 的值无效：'24' 是字节数；须带单位，例如 24GB。"),
+    ],
+)
+def test_an_error_of_usage_is_in_the_language_of_the_reader(run, words, said):
+    code, out, err = run("--lang", "zh", *words)
+    assert code == 2 and not out and said in err
+    assert not re.search(r"Usage|Error|Try|Hint|must|Missing", err)
+
+
+def test_facts_and_examples_are_in_the_language_of_the_reader(run):
+    assert "config.json，作为 dict。" in run("facts", "config", "--lang", "zh")[1]
+    assert "事实" in run("facts", "作为", "--lang", "zh", "-f", "markdown")[1]
+    assert json.loads(run("facts", "config", "--lang", "zh", "-f", "json")[1])[0]["doc"].startswith("The text")
+    assert "什么也不下载" in run("advise", "--help", "--lang", "zh")[1].splitlines()[-4]

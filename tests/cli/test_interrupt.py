@@ -128,3 +128,25 @@ def test_facts_of_every_subject_are_missing_where_only_some_were_read():
     store.say_partial("values", "stopped")
     with pytest.raises(Unavailable, match="stopped"):
         store.value("every_stats")
+
+
+TORCH = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+for _ in range(1000): pass  # where Python looks for signals
+print("WHOLE", flush=True)
+"""
+
+
+def test_an_interrupt_while_torch_is_imported_waits_for_its_end(tmp_path):
+    """torch's C++ aborts the process where a KeyboardInterrupt passes through it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(TORCH)
+    child = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    child += "from doctor.cli import failures\nfrom doctor.quant import held_import\nheld_import.install()\n"
+    child += "with failures.shown():\n    import torch\n"
+    search = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", child], env=os.environ | search, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "WHOLE\n", "Interrupted.\n")

@@ -211,3 +211,13 @@ def test_experts_stored_one_by_one_need_no_table():
     like = tiny("llama").infos()["model.layers.0.self_attn.q_proj.weight"]
     spec = build_spec({"model_type": "nobody_knows"}, {n: like._replace(name=n) for n in names})
     assert {x.tensor: (x.expert, x.role) for x in spec.linears} == names and {x.block for x in spec.linears} == {1}
+
+
+def test_layers_that_are_listed_as_two_are_counted_as_transformers_counts_them():
+    """Dory's own config.json, as transformers 5.24 writes it for a model of two layers."""
+    kinds = ["sliding_attention", "mlp", "full_attention", "mlp"]
+    found = build_spec({"model_type": "dory", "num_hidden_layers": 4, "n_input_layers": 2, "layer_types": kinds}, {})
+    assert found.n_layers == 2 and found.config["n_input_layers"] == 1
+    assert found.config["layer_types"] == ["sliding_attention", "full_attention"]
+    other = build_spec({"num_hidden_layers": 4, "layer_types": ["mamba", "mlp", "mlp", "mamba"]}, {})
+    assert other.n_layers == 4

@@ -1,5 +1,6 @@
 """The end of a run: sizes, a comparison on rows that calibrated nothing, the card, the next commands, the upload."""
 
+import io
 import json
 import shlex
 import subprocess
@@ -20,7 +21,10 @@ from doctor.lint.testing import tiny
 from doctor.quant.ending import comparing_bytes, run_figures
 from doctor.quant.stage import stage_of
 from doctor.report import after, results
-from doctor.report.formats.terminal import render
+from doctor.report import render as render_all
+from doctor.report.formats.json_report import read
+from doctor.report.formats.terminal import render, show
+from doctor.report.screen import console
 
 RECIPE = Recipe(group_size=32)
 TEXT = "The quick brown fox jumps over the lazy dog and counts its 12 toes. " * 60
@@ -152,6 +156,18 @@ def test_the_next_commands_are_those_of_a_reader(fields, engine):
     assert ("vllm serve" in steps[1][0]) == ("vllm" in engine)
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_what_to_type_next_has_one_head_beside_what_the_findings_ask_for(source, tmp_path, width):
+    done = quantized(source, tmp_path / "out")  # its rows repeat one text: Q407
+    steps = after.commands("model", Path("out"), RECIPE)
+    file = io.StringIO()
+    show([done.report], console(file, width), then=steps)
+    lines = file.getvalue().splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("  next  ")]
+    assert len(heads) == 1 and "doctor explain Q407" in lines[heads[0]]
+    assert [sum(command in line for line in lines) for command, _what in steps] == [1] * len(steps)
+
+
 def test_the_line_for_transformers_runs_as_it_is_printed(source, tmp_path):
     pytest.importorskip("compressed_tensors")
     out = tmp_path / 'a "b" c'
@@ -211,3 +227,12 @@ def test_a_push_uploads_the_folder_to_a_private_repository_and_a_refusal_names_w
     with pytest.raises(MachineError) as error:
         hub_push.push(tmp_path, "org/name")
     assert "403 Forbidden: no write access." in error.value.message and "hf upload org/name" in error.value.hint
+
+
+def test_a_page_made_of_a_receipt_says_nothing_twice(source, tmp_path):
+    done = quantized(source, tmp_path / "out", tune="off")
+    page = render_all("html", read((done.output / "doctor.json").read_text()))
+    text = page.partition("<script")[0]
+    assert (
+        "By area" not in text and "Receipt" in text and text.count(">calibration<") == text.count("act_order True") == 1
+    )

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from doctor.core.errors import DoctorError
+from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
 from doctor.formats.registry import KNOWN
 from doctor.formats.schemes import SCHEMES, fields_of
 from doctor.plan.serving import groups_of, least_capability, schemes, serves, stated
 
-PLAIN, STORED = "16-bit", "as stored"
+PLAIN, STORED = "16-bit", _("as stored")
 OWN_FILES = ("llama.cpp",)  # reads no model as it was published
 
 

@@ -233,12 +233,12 @@ def need(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, rows: int, len
     states = 4 * length * hidden * held
     # In float32: the embedding, held once and beside its stored bytes while it is read; and an own head, read twice.
     ends = 4 * vocabulary * hidden * (1.5 if spec.tied else 3)
-    sizes = budget.needs(checkpoint, spec, recipe, rows, length)
     # of a layer, in float32: weights, their slopes, and half of each for the codes, all of each for those of blocks; of
     # a row: what it computes, kept
-    computing = (12 if format_of(recipe).in_blocks else 10) * max(layers.values(), default=0) + 4 * sizes.row
+    of_weight = 12 if format_of(recipe).in_blocks else 10
+    computing = of_weight * max(layers.values(), default=0) + 4 * budget.row_bytes(checkpoint, spec, recipe, length)
     logits = 6 * 4 * TOKENS * vocabulary
-    return sizes.constant + states + int(ends) + max(computing, logits) + 7 * 4 * scales
+    return budget.constant() + states + int(ends) + max(computing, logits) + 7 * 4 * scales
 
 
 def forecast(
@@ -246,8 +246,10 @@ def forecast(
 ) -> Cost:
     """Of the tuning of a run with these rows of text."""
     wish = wanted(tune, recipe, spec, rows, length)
+    if not wish.rows:
+        return Cost()
     takes, limit = need(checkpoint, spec, recipe, wish.rows, length), budget.limit(memory)
-    if not wish.rows or (takes > limit and not wish.asked):
+    if takes > limit and not wish.asked:
         return Cost()
     of_one = 1 if recipe.bits < LEVEL_BITS and not recipe.bits_for else 2
     of_one = 4 if format_of(recipe).in_blocks else of_one

@@ -95,7 +95,7 @@ def _context(report: Report) -> dict:
     found = presentation.groups(report)
     mark, sentence = verdict.verdict(report)
     by = presentation.fixable(found)
-    extra = report.extra
+    extra, told = report.extra, results.results(report)
     return {
         "name": safe(report.checkpoint),
         "mark": mark,
@@ -118,12 +118,12 @@ def _context(report: Report) -> dict:
         "headline": results.headline(report),
         "heat": heat(extra.get("heat")),
         "losses": losses(report.linears, report.recipe.method),
-        "results": results.results(report),
+        "results": told,
         "exponents": exponents(extra.get("exponents")),
         "calibration": _calibration(extra.get("calibration")),
         "worst": _worst(report.linears),
         "half": activations((extra.get("comparison") or {}).get("half")),
-        "receipt": _receipt(extra.get("receipt")),
+        "receipt": _receipt(extra.get("receipt"), told),
         "machine": _machine(report),
         "replies": [tuple(map(safe, r)) for r in (extra.get("comparison") or {}).get("replies", ())],
         "block_errors": block_errors(extra.get("comparison") or {}),
@@ -252,12 +252,14 @@ def _worst(linears: list) -> list[tuple[str, ...]]:
     ]
 
 
-def _receipt(found: dict | None) -> dict | None:
+def _receipt(found: dict | None, told: list[tuple[str, str]]) -> dict | None:
+    """What the receipt holds besides what the results above it tell."""
     if not found:
         return None
+    rows = [tuple(map(safe, s)) for s in found["steps"]]
     return {
         **{k: safe(found[k]) for k in ("source", "plan")},
-        "steps": [tuple(map(safe, s)) for s in found["steps"]],
+        "steps": [row for row in rows if (translated(row[0]), row[1]) not in told],
     }
 
 

@@ -13,7 +13,7 @@ from doctor.locale.catalogue import counted, say, translated
 from doctor.report import presentation, results, verdict
 from doctor.report.matrix_text import blockers, in_every_way, plan_row, shown
 from doctor.report.presentation import Group
-from doctor.report.screen import COLOURS, Screen, aligned, console, styled, wrap
+from doctor.report.screen import COLOURS, Screen, Steps, aligned, console, show_steps, styled, wrap
 from doctor.report.text import level, pad, safe, squeeze, window
 
 _LABELS = {
@@ -37,17 +37,19 @@ def render(reports: list[Report], width: int = 100, verbose: bool = False) -> st
     return file.getvalue()
 
 
-def show(reports: list[Report], out: Console, verbose: bool = False, matrix: bool = False) -> None:
-    """Print the screen of each report; with `matrix` also its recipes by GPU count."""
+def show(reports: list[Report], out: Console, verbose: bool = False, matrix: bool = False, then: Steps = ()) -> None:
+    """Print the screen of each report; with `matrix` also its recipes by GPU count. then: what to type next,
+    besides what the findings ask for.
+    """
     for i, report in enumerate(reports):
         if i:
             out.print()
-        _report(Screen(out), report, verbose)
+        _report(Screen(out), report, verbose, then)
         if matrix:
             _matrix(Screen(out), report)
 
 
-def _report(screen: Screen, report: Report, verbose: bool) -> None:
+def _report(screen: Screen, report: Report, verbose: bool, then: Steps) -> None:
     found = presentation.groups(report)
     mark, sentence = verdict.verdict(report)
     if not found and mark == "ok":
@@ -55,6 +57,7 @@ def _report(screen: Screen, report: Report, verbose: bool) -> None:
         _results(screen, report)
         if verbose:
             _box(screen, report, found)
+        show_steps(screen, then)
     else:
         _head(screen, report)
         told: dict[str, list] = {}
@@ -66,7 +69,7 @@ def _report(screen: Screen, report: Report, verbose: bool) -> None:
         if _results(screen, report):
             screen.line()
         _box(screen, report, found)
-        _next(screen, report, found)
+        show_steps(screen, [*verdict.next_steps(report, found), *then])
     if verbose:
         _rules(screen, report)
 
@@ -297,19 +300,6 @@ def _results(screen: Screen, report: Report) -> bool:
     for label, text in lines:
         screen.hang(styled(("  " + pad(label, 12), "bold")), Text(text))
     return bool(lines)
-
-
-def _next(screen: Screen, report: Report, found: list[Group]) -> None:
-    steps = verdict.next_steps(report, found)
-    width = max((cell_len(command) for command, _ in steps), default=0)
-    beside = 8 + width + 3 + max((cell_len(what) for _, what in steps), default=0) <= screen.width
-    for i, (command, what) in enumerate(steps):
-        head = styled(("  " + pad(say("next"), 6) if i == 0 else "        ", "bold"), (command, "cyan"))
-        if beside:
-            screen.line(head, " " * (width - cell_len(command) + 3), (what, "bright_black"))
-        else:
-            screen.line(head)
-            screen.hang(Text("          "), Text(what, "bright_black"))
 
 
 def _matrix(screen: Screen, report: Report) -> None:

@@ -16,7 +16,7 @@ from doctor.evaluate.advise.advise import advise
 from doctor.evaluate.advise.candidates import candidates
 from doctor.evaluate.advise.kinds import one_of_each
 from doctor.lint.testing import tiny
-from doctor.report.advice_text import advice_html, advice_json, advice_markdown, render_advice, show_advice
+from doctor.report.advice_text import advice_html, advice_json, advice_markdown, legend, render_advice, show_advice
 from doctor.report.screen import console
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
@@ -235,3 +235,16 @@ def test_the_longest_sequence_is_one_that_the_model_has_positions_for(seven):
     wide, narrow = (by_scheme(advise(seven, memory=m * GIB, context=64), fits=True) for m in (900, 18))
     assert {o.longest for o in wide} == {most}
     assert any(o.longest < most for o in narrow if o.scheme == "16-bit")
+
+
+def test_a_legend_names_what_was_not_measured_and_whose_figure_is_of_another_model(seven):
+    options = {o.scheme: o for o in advise(seven, memory=80 * GIB).fitting}
+    said = "\n".join(legend(list(options.values())))
+    unknown = [name for name, option in options.items() if option.kl is None]
+    assert all(name in next((x for x in said.splitlines() if x.startswith("?: ")), "") for name in unknown)
+    assert "W4A16 g128: on Gemma 3 270M" in said and "GPTQ" not in said
+    known = [
+        option for option in options.values() if option.measured_on in ("", "SmolLM2-135M") and option.kl is not None
+    ]
+    alone = legend(known)
+    assert not any(line.startswith("?: ") or "Gemma" in line for line in alone)
