@@ -8,7 +8,6 @@ sizes, where it has room for two, stops its load.
 
 Seen as:
 - transformers: `Some weights of the model checkpoint at`
-- vLLM: `The expanded size of the tensor (2) must match the existing size (3) at non-singleton dimension 0`
 
 Do: quantize the original again with a tool that splits the experts into linears first: `doctor quantize`, or
 llm-compressor newer than 0.12. For vLLM 0.32 alone, leave out the stacks' `_shape`.
