@@ -1,7 +1,8 @@
 """F073 gguf-metadata-missing: metadata that llama.cpp needs is absent.
 
 Why: llama.cpp builds the model from the metadata of its architecture and stops at the first key that it cannot do
-without. A size of 0, or of another type, is as good as none.
+without. A size of 0, an epsilon that is negative or NaN, a rotary base of 0 are as good as none: they end the load, or
+make every activation NaN.
 
 Seen as:
 - llama.cpp: `error loading model hyperparameters: key not found in model`
@@ -16,15 +17,18 @@ Fix safety: manual; the values stand in the original's config.json.
 Sources: ggml-org/llama.cpp src/llama-model.cpp (load_hparams), src/llama-vocab.cpp (load).
 """
 
+import math
+
 from doctor.lint.rule import Place, _, architecture_in, finding, listed, rule
 from doctor.lint.testing import tiny_gguf, w
 
 EPSILON, ROTATED = "attention.layer_norm_rms_epsilon", "rope.dimension_count"
 SCALINGS = ("none", "linear", "yarn", "longrope")
+NO_TOKENS = ("none", "no_vocab")  # tokenizers of which the vocabulary's size is all that is read
 SIZES = ("block_count", "context_length", "embedding_length", "attention.head_count")
 
 
-@rule("F073", "error", implied_by=("F070", "F072"))
+@rule("F073", "error", implied_by=("F070", "F072", "F077"))
 def gguf_metadata_missing(checkpoint, gguf_models):
     for model in gguf_models:
         if model.metadata.get("general.type", "model") != "model" or model.architecture == "clip":
@@ -34,13 +38,17 @@ def gguf_metadata_missing(checkpoint, gguf_models):
         missing += [f"{name}.{key}" for key in SIZES if name and not _is_size(model.own(key))]
         if "tokenizer.ggml.model" not in model.metadata:
             missing.append("tokenizer.ggml.model")
-        elif model.metadata["tokenizer.ggml.model"] != "none" and not model.metadata.get("tokenizer.ggml.tokens"):
+        elif model.metadata["tokenizer.ggml.model"] not in NO_TOKENS and not model.metadata.get(
+            "tokenizer.ggml.tokens"
+        ):
             missing.append("tokenizer.ggml.tokens")
         elif model.metadata["tokenizer.ggml.model"] == "gpt2" and not model.metadata.get("tokenizer.ggml.merges"):
             missing.append("tokenizer.ggml.merges")
+        elif model.metadata["tokenizer.ggml.model"] in NO_TOKENS and not _is_size(model.own("vocab_size")):
+            missing.append(f"{name}.vocab_size")
         known = architecture_in(model)
-        if known is not None and not isinstance(model.own(EPSILON), float):
-            missing.append(f"{name}.{EPSILON}")
+        if known is not None:
+            missing += [f"{name}.{key}" for key in _impossible(model)]
         if missing:
             yield finding(
                 _("{model}: lacks {keys}", model=model.name, keys=listed(missing)),
@@ -87,6 +95,19 @@ def _rotated(model):
             )
 
 
+def _impossible(model):
+    """Keys of a known architecture whose values end the load, or make every activation NaN."""
+    epsilon, base = model.own(EPSILON), model.own("rope.freq_base", 1.0)
+    if not (isinstance(epsilon, float) and 0 <= epsilon < math.inf):
+        yield EPSILON
+    if not (isinstance(base, (int, float)) and 0 < base < math.inf):
+        yield "rope.freq_base"
+    if model.own("attention.head_count_kv", 1) == 0:
+        yield "attention.head_count_kv"
+    if model.own("expert_count") and not _is_size(model.own("expert_used_count")):
+        yield "expert_used_count"
+
+
 def _is_size(value):
     """Whether a value is a positive number, or one for each layer."""
     values = value if isinstance(value, list) and value else [value]
@@ -105,7 +126,11 @@ def good():
 
 def more():
     """Cases whose fixes the example above does not show."""
-    for key, value in (("rope.scaling.type", w.text("dynamic")), ("rope.dimension_count", w.u32(32))):
+    for key, value in (
+        ("rope.scaling.type", w.text("dynamic")),
+        ("rope.dimension_count", w.u32(32)),
+        ("rope.freq_base", w.f32(0.0)),
+    ):
         case = tiny_gguf()
         case.keys[f"{case.family}.{key}"] = value
         yield case

@@ -1,11 +1,13 @@
-"""F074 gguf-tensor-missing: tensors that the metadata promises are absent or of another size.
+"""F074 gguf-tensor-missing: tensors that the metadata promises are absent, of another size, or not asked for.
 
-Why: llama.cpp asks for every tensor of its architecture by name and shape, and stops at the first that is not there. A
+Why: llama.cpp asks for every tensor of its architecture by name and shape, and stops at the first that is not there. At
+the end it counts them, and refuses a file with more than it asked for: buffers and towers that a converter left in. A
 missing output.weight is no defect: the embedding then is the output head.
 
 Seen as:
 - llama.cpp: `check_tensor_dims: tensor 'blk.0.ffn_up.weight' not found`
 - llama.cpp: `check_tensor_dims: tensor 'token_embd.weight' has wrong shape`
+- llama.cpp: `done_getting_tensors: wrong number of tensors; expected`
 
 Do: convert the model again, from a checkpoint that `doctor check` finds whole.
 
@@ -22,6 +24,11 @@ from doctor.lint.rule import Place, _, architecture_in, finding, listed, plural,
 from doctor.lint.testing import np, tiny_gguf
 
 BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+OUTSIDE = ("token_embd.weight", "output_norm.weight", "output.weight", *FACTORS)
+HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
+LINEARS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
+BESIDE = ("bias", "scale", "input_scale")  # what a linear may have beside its weight
 HEADS = "embedding_length and attention.head_count"
 
 
@@ -33,7 +40,7 @@ def gguf_tensor_missing(checkpoint, gguf_models):
         if known is None or not isinstance(hidden, int) or not isinstance(layers, int) or layers > 1000:
             continue
         names = [*known.layer.values(), *known.experts.values()]
-        optional = () if known.heads_normed else ("attn_q_norm", "attn_k_norm")
+        optional = () if known.heads_normed else HEAD_NORMS
         needed = [f"blk.{i}.{n}.weight" for i in range(layers) for n in names if n not in optional]
         lost = [n for n in ("token_embd.weight", "output_norm.weight", *needed) if n not in model.tensors]
         place = Place(model.files[0].name)
@@ -53,6 +60,7 @@ def gguf_tensor_missing(checkpoint, gguf_models):
             )
             continue
         yield from _of_layers(model, layers, hidden)
+        yield from _not_asked_for(model, known, layers)
         for name in ("token_embd.weight", "output_norm.weight"):
             shape = model.tensors[name].shape
             if shape[-1] != hidden:
@@ -88,19 +96,24 @@ def _of_layers(model, layers, hidden):
             advice=_("convert the model again"),
         )
     shapes = _shapes(model, hidden)
-    other = [
-        (f"blk.{i}.{name}.weight", shape, said)
+    wanted = [
+        (f"blk.{i}.{name}.{last}", shape if last == "weight" else shape[:1], said)
         for i in range(layers)
         for name, (shape, said) in shapes.items()
-        if (held := model.tensors.get(f"blk.{i}.{name}.weight")) is not None and tuple(held.shape) != shape
+        for last in ("weight", "bias")
+    ]
+    wanted += [(name, shape, "rope.dimension_count") for name, shape in _rotation(model).items()]
+    other = [
+        (name, shape, said)
+        for name, shape, said in wanted
+        if (held := model.tensors.get(name)) is not None and _sizes(held.shape) != shape
     ]
     if other:
         name, shape, said = other[0]
         yield finding(
             plural(
-                "{model}: {n} tensor of layers is of another shape than by {said}, {tensor}: {found}, must be {shape}",
-                "{model}: {n} tensors of layers are of another shape than by {said}, first {tensor}: {found}, "
-                "must be {shape}",
+                "{model}: {n} tensor is of another shape than by {said}, {tensor}: {found}, must be {shape}",
+                "{model}: {n} tensors are of another shape than by {said}, first {tensor}: {found}, must be {shape}",
                 len(other),
                 model=model.name,
                 tensor=name,
@@ -112,6 +125,46 @@ def _of_layers(model, layers, hidden):
             evidence={"tensors": [n for n, *_rest in other[:100]]},
             advice=_("convert the model again"),
         )
+
+
+def _not_asked_for(model, known, layers):
+    """Tensors of other names: llama.cpp counts those that it asked for, and refuses a file with more."""
+    own = {*known.layer.values(), *known.experts.values()} - ({*HEAD_NORMS} if not known.heads_normed else set())
+    extra = []
+    for name in sorted(model.tensors):
+        at = BLOCK.match(name)
+        if at is None:
+            if name not in OUTSIDE:
+                extra.append(name)
+        elif int(at[1]) < layers:
+            part, _dot, last = name[at.end() :].rpartition(".")
+            linear = part in LINEARS or (part.startswith("ffn_") and not part.endswith("norm"))
+            if not (linear if last in BESIDE else last == "weight" and (part in own or linear)):
+                extra.append(name)
+    if extra:
+        yield finding(
+            plural(
+                "{model}: {tensor} is no tensor of a {architecture}; llama.cpp refuses a file with others",
+                "{model}: {n} tensors are no tensors of a {architecture}, first {tensor}; llama.cpp refuses a file with "
+                "others",
+                len(extra),
+                model=model.name,
+                tensor=extra[0],
+                architecture=model.architecture,
+            ),
+            at=Place(model.files[0].name, tensor=extra[0]),
+            evidence={"tensors": extra[:100]},
+            advice=_("convert the model again"),
+        )
+
+
+def _rotation(model):
+    """Name -> its shape, of the factors of the rotary frequencies: one for each pair of rotated values."""
+    heads, hidden = model.own("attention.head_count"), model.own("embedding_length")
+    if type(heads) is not int or heads < 1:
+        return {}
+    rotated = model.own("rope.dimension_count", model.own("attention.key_length", hidden // heads))
+    return dict.fromkeys(FACTORS, (rotated // 2,)) if type(rotated) is int else {}
 
 
 def _shapes(model, hidden):
@@ -136,6 +189,14 @@ def _shapes(model, hidden):
     return found
 
 
+def _sizes(shape):
+    """A shape without axes of one in front: llama.cpp compares four axes, and does not tell [1, 8] from [8]."""
+    found = tuple(shape)
+    while len(found) > 1 and found[0] == 1:
+        found = found[1:]
+    return found
+
+
 def bad():
     case = tiny_gguf()
     del case.values["blk.0.ffn_up.weight"]
@@ -157,4 +218,7 @@ def more():
     yield case
     case = tiny_gguf()
     case.values["blk.0.ffn_down.weight"] = case.values["blk.0.ffn_down.weight"].T.copy()
+    yield case
+    case = tiny_gguf()
+    case.values["blk.0.mystery.weight"] = case.values["blk.0.attn_norm.weight"]
     yield case

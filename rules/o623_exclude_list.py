@@ -25,13 +25,15 @@ compressed-tensors src/compressed_tensors/utils/match.py.
 
 import re
 
-from doctor.lint.rule import KNOWN, Place, _, finding, plural, rule, word_tails
+from doctor.lint.rule import KNOWN, Place, _, finding, is_router, plural, rule, word_tails
 from doctor.lint.testing import np, tiny
 
 # Linears that vLLM joins, and the name by which it also takes an entry of the list.
 JOINED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
+# Families whose routers vLLM 0.32 builds with the model's quantization: qwen3_moe.py and lfm2_moe.py (GateLinear).
+ROUTERS_PACKED = ("qwen3_moe", "lfm2_moe")
 # Entries of a recipe that many models have no module for: a head that is the embedding, towers, further layers.
 OFTEN_ABSENT = re.compile(
     r"head|embed|vis|audio|image|projector|merger|modal|mtp|nextn|norm|gate|router|proj_out|output_proj"
@@ -81,6 +83,8 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec, 
         yield from _in_part(
             entries, [x for x in spec.linears if x.name not in packed], recipe, Place(file, pointer=pointer)
         )
+    if recipe.runtime == "vllm" and spec.family in ROUTERS_PACKED and takes is not None:
+        yield from _routers(tensors, packed, takes, Place(file, pointer=pointer or None))
     if plain:
         yield finding(
             plural(
@@ -109,6 +113,23 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec, 
             severity="info",
             evidence={"entries": [entry.entry for entry in strange][:100]},
             advice=_("make sure that the prefix is the one that the tensors have"),
+        )
+
+
+def _routers(tensors, packed, takes, at):
+    """Routers in 16 bits that no entry excludes."""
+    modules = sorted(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
+    if routers := [m for m in modules if is_router(m) and m not in packed and takes(m)]:
+        yield finding(
+            plural(
+                "{first} is a router in 16 bits that no entry excludes; vLLM takes it as packed",
+                "{n:,} routers in 16 bits are excluded by no entry; vLLM takes them as packed (first {first})",
+                len(routers),
+                first=routers[0],
+            ),
+            at=at,
+            evidence={"routers": routers[:100]},
+            advice=_("add them to the list, as the format's readers match names"),
         )
 
 

@@ -18,7 +18,7 @@ Sources: ggml-org/llama.cpp ggml/src/gguf.cpp (gguf_init_from_reader).
 
 import struct
 
-from doctor.lint.rule import Place, _, finding, rule
+from doctor.lint.rule import Place, _, architecture_in, finding, plural, rule
 from doctor.lint.testing import tiny_gguf
 
 
@@ -39,6 +39,23 @@ def gguf_type_impossible(checkpoint, gguf_models):
                     evidence={"tensors": [d.tensor for d in found[:100]]},
                     advice=_("quantize again with a type whose blocks fit"),
                 )
+        if architecture_in(model) is None:
+            continue
+        vectors = [t for t in model.tensors.values() if len(t.shape) == 1 and t.type and t.type.name != "F32"]
+        if vectors:
+            yield finding(
+                plural(
+                    "{model}: {tensor} is {type}; llama.cpp computes norms and biases in F32 alone",
+                    "{model}: {n:,} norms and biases are not F32, first {tensor} ({type}); llama.cpp computes with F32 alone",
+                    len(vectors),
+                    model=model.name,
+                    tensor=vectors[0].name,
+                    type=vectors[0].type.name,
+                ),
+                at=Place(vectors[0].file, tensor=vectors[0].name),
+                evidence={"tensors": [t.name for t in vectors[:100]]},
+                advice=_("convert the model again"),
+            )
 
 
 def _as_q4_k(folder):

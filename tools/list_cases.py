@@ -3,8 +3,8 @@
     python tools/list_cases.py CASES [OPTION of check …]
 
 A case is a script that writes a checkpoint, or several, into the directory that is its argument. Where its docstring
-names a command, as in "check --runtime vllm --tp 8", it is judged so. Exit code 1 where a script or a check ends in an
-error of its own; which finding is right stands in the docstrings.
+names commands, as in "check --runtime vllm --tp 8; --runtime vllm==0.11.0", it is judged by each. Exit code 1 where a
+script or a check ends in an error of its own; which finding is right stands in the docstrings.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-PLAN = re.compile(r"\bcheck((?: --[a-z-]+ [\w.]+)+)")
+PLAN = re.compile(r"((?: ?--(?:runtime|tp|for|group-size|bits) (?!is )[\w=]+(?:\.\w+)*)+)")
 
 
-def options_of(script: Path) -> list[str]:
-    """The options of the command that a case's docstring names."""
-    found = PLAN.search(ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "")
-    return found[1].split() if found else []
+def plans_of(script: Path) -> list[list[str]]:
+    """The options of each check that a case's docstring names; none where it names no plan, or says "check alone"."""
+    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    found = [match[1].split() for match in PLAN.finditer(text)]
+    alone = not found or "check alone" in text
+    return [[]] * alone + [plan for at, plan in enumerate(found) if plan not in found[:at]]
 
 
 def judged(folder: Path, options: list[str]) -> list[dict] | str:
@@ -41,8 +43,8 @@ def rows(script: Path, place: Path, options: list[str]):
     folders = sorted({path.parent for path in place.rglob("config.json")})
     if done.returncode or not folders:
         yield "", [f"ERROR {(done.stderr.strip().splitlines() or ['it writes no checkpoint'])[-1]}"]
-    for folder in folders:
-        name, plan = folder.relative_to(place).as_posix(), [*options_of(script), *options]
+    for folder, own in ((folder, own) for folder in folders for own in plans_of(script)):
+        name, plan = folder.relative_to(place).as_posix(), [*own, *options]
         found = judged(folder, plan)
         lines = [f"ERROR {found}"] if isinstance(found, str) else [line(f) for f in found] or ["no finding"]
         yield f"{'' if name == '.' else name + ' '}check {' '.join(plan)}".strip(), lines

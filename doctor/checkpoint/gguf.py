@@ -75,6 +75,7 @@ class GgufFile:
     size: int
     version: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
+    types: dict[str, tuple[int, int]] = field(default_factory=dict)  # a key -> its type's number, an array's elements'
     tensors: list[GgufTensor] = field(default_factory=list)
     data_begin: int = 0
     defects: list[Defect] = field(default_factory=list)
@@ -93,6 +94,7 @@ class _Reader:
 
     def __init__(self, file: ShardFile, size: int):
         self._file, self._size = file, min(size, MAX_HEADER_BYTES)
+        self.elements = 0  # type of the last array's elements
         self._read, self._bytes, self._at = (
             0,
             b"",
@@ -158,6 +160,7 @@ class _Reader:
 
     def _array(self) -> list:
         kind, count = self.number("I"), self.number("Q")
+        self.elements = kind
         if kind != STRING and kind not in _SCALARS:
             raise _Broken(_("an array of metadata type {number}, which does not exist", number=kind))
         least = 8 if kind == STRING else struct.calcsize("<" + _SCALARS[kind])
@@ -217,10 +220,11 @@ def _read_header(reader: _Reader, found: GgufFile) -> None:
             )
     for _i in range(keys):
         key = reader.string()
-        value = reader.value(reader.number("I"))
+        kind = reader.number("I")
+        value = reader.value(kind)
         if key in found.metadata:
             found.defects.append(Defect("duplicate-key", _("has the metadata key {key} twice", key=key)))
-        found.metadata[key] = value
+        found.metadata[key], found.types[key] = value, (kind, reader.elements if kind == ARRAY else 0)
     listed = [_tensor(reader, found) for _i in range(tensors)]
     alignment = found.metadata.get("general.alignment", ALIGNMENT)
     if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -326,6 +330,10 @@ class GgufModel:
     @property
     def metadata(self) -> dict[str, Any]:
         return self.files[0].metadata
+
+    @property
+    def types(self) -> dict[str, tuple[int, int]]:
+        return self.files[0].types
 
     @property
     def tensors(self) -> dict[str, GgufTensor]:

@@ -173,6 +173,14 @@ ROLE_OF_TAIL = {
 _LEFT_OUT = re.compile(r"norm[^.]*(?:\.[^.]*)?$|embed[^.]*$|router[^.]*(?:\.[^.]*)?$|\.(?:gate|x_proj|dt_proj)$")
 
 
+_ROUTER = re.compile(r"\.\d+\.(?:[^.]+\.)*(?:gate|router|router\.(?:proj|layer|gate|linear)|shared_expert_gate|wg)$")
+
+
+def is_router(module: str) -> bool:
+    """Whether a module of a layer, by its name, gives each expert of a mixture its share."""
+    return _ROUTER.search(module) is not None
+
+
 _EXPERT = re.compile(r"experts\.(\d+)\.")  # of a mixture whose experts are stored one by one
 
 NARROWEST = 32  # a narrower matrix fills neither a group of weights nor a packed word

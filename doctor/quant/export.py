@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +33,7 @@ from doctor.fixing.receipt import RECEIPT
 from doctor.fixing.staging import StagingDir
 from doctor.formats.mixed import with_schemes
 from doctor.formats.registry import format_of
+from doctor.model.linears import is_router
 from doctor.model.spellings import with_old_keys
 from doctor.plan.loading import loading_options
 from doctor.quant.block_change import NewValue
@@ -69,6 +70,14 @@ def _modules_of_experts(kept: Iterable[str], quantized: Iterable[str]) -> list[s
     number = re.compile(r"^(.*)\.\d+\.\w+$")
     found = {match[1] for match in map(number.match, kept) if match and match[1].endswith("experts")}
     return sorted(found - {match[1] for match in map(number.match, quantized) if match})
+
+
+def routers(tensors: Iterable[str], packed: Container[str]) -> list[str]:
+    """Modules of routers, which stay in 16 bits. transformers holds them as bare parameters, so its linears do not name
+    them; vLLM builds some (Qwen3-MoE, LFM2-MoE, Gemma 4) as linears, and takes them as packed unless a list says no.
+    """
+    modules = (name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
+    return [module for module in modules if is_router(module) and module not in packed]
 
 
 class Output(Stage):
@@ -158,6 +167,9 @@ class Output(Stage):
         forms = [format_of(own) for own in recipe.recipes]
         words = tuple(f".{form.words or form.scales}" for form in forms)  # what tells a packed linear by its name
         names = dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(words))
+        form = format_of(recipe)
+        if form.takes(form.config(recipe)) is not None:  # its readers take every linear that the list does not name
+            kept = [*kept, *routers(tensors, names)]
         return quantization_config(recipe, kept, names, linears)
 
     @contextmanager

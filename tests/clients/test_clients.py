@@ -166,6 +166,7 @@ EXPERT_PROMPTS = ["abcdefgh", "xyzXYZ12", "ABab", "MNOPmnop", "98765"]
         ("granitemoe", "gptq"),
         ("granitemoe", "awq"),
         ("granitemoe", "compressed-tensors"),
+        ("qwen3_moe", "compressed-tensors"),
         ("llama4_text", "compressed-tensors"),
     ],
 )

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.evaluate.clients import load_proof
 from doctor.evaluate.clients.load_proof import prove_loading
 from doctor.evaluate.clients.logprobs import run_client
+from doctor.lint.testing import tiny_gguf, use_family
 from doctor.quant.dequantize import as_float
+from tests.helpers.broken_gguf import BROKEN, NAN, SOUND
 from tests.helpers.gguf_models import FAMILIES, model, run
 
 pytestmark = [pytest.mark.real, pytest.mark.clients]
@@ -80,3 +84,35 @@ def test_the_real_model_is_served(scheme, python, smollm2, tmp_path):
     proof, types = report["extra"]["load_proof"], Checkpoint.open(tmp_path / "out").gguf[0].tensors.values()
     assert checked.returncode == 0 and proof["architecture"] == "llama" and not proof["missing"], checked.stdout
     assert "F16" not in {tensor.type.name for tensor in types}
+
+
+def does(python, spoil, folder):
+    """What llama.cpp makes of a tiny file that is spoilt so: "refuses", "dies", "NaN" or "computes"."""
+    with use_family("llama"):
+        case = tiny_gguf()
+    spoil(case)
+    (folder / "rows.json").write_text("[[3, 4, 5, 6]]")
+    command = [python, Path(load_proof.__file__).with_name("llama_cpp_child.py"), case.write(folder) / case.name]
+    quick = os.environ | {"GGML_NO_BACKTRACE": "1"}  # a debugger's trace of each death takes minutes
+    ran = subprocess.run([*command, folder / "rows.json"], capture_output=True, text=True, timeout=120, env=quick)
+    if ran.returncode:
+        return "dies"
+    answer = json.loads(ran.stdout.splitlines()[-1])
+    if "error" in answer:
+        return "refuses"
+    return "computes" if all(math.isfinite(x) for x in answer["logprobs"][0]) else "NaN"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_llama_cpp_does_not_load_what_the_rules_call_broken(name, python, tmp_path):
+    assert does(python, BROKEN[name][1], tmp_path) in ("refuses", "dies")
+
+
+@pytest.mark.parametrize("name", NAN)
+def test_llama_cpp_computes_nan_by_an_impossible_rotation(name, python, tmp_path):
+    assert does(python, NAN[name][1], tmp_path) == "NaN"
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_llama_cpp_loads_what_the_rules_pass(name, python, tmp_path):
+    assert does(python, SOUND[name], tmp_path) == "computes"

@@ -195,7 +195,7 @@ def test_a_page_loses_no_word_of_its_file(entry):
         ("There is no module or parameter named 'layers.0.mlp.down_proj.weight' in LlamaModel", "O656"),
         ("KeyError: 'layers.32.self_attn.qkv_proj.k_scale'", "K502"),
         ("ValueError: Missing parameters: lm_head.biases lm_head.scales.", "O625"),
-        ("error loading model vocabulary: unknown pre-tokenizer type: 'deepseek-r1-qwen'", "O645"),
+        ("error loading model vocabulary: unknown pre-tokenizer type: 'deepseek-r1-qwen'", "F076"),
         ("NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()", "C174"),
     ],
 )

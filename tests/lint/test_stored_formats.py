@@ -42,6 +42,22 @@ def test_fused_experts_in_eight_bits_under_their_own_names_are_not_called_unread
     assert "O619" not in {f.code for f in check(case.write(tmp_path), case.recipe).findings}
 
 
+@pytest.mark.parametrize("kept, expected", [("three sizes", "error"), ("no sizes", "warning")])
+def test_vllm_cuts_stacks_of_packed_experts_and_takes_no_shape_of_three_sizes(tmp_path, kept, expected):
+    from doctor.rules import o619_fused_experts_packed as rule_file
+
+    with use_family("qwen3_moe"):
+        case, _message = rule_file.bad()
+    case.recipe = case.recipe.with_field("runtime", "vllm")
+    if kept == "no sizes":
+        for name in [n for n in case.tensors if n.endswith("_shape")]:
+            del case.tensors[name], case.dtypes[name]
+    report = check(case.write(tmp_path), case.recipe)
+    [found] = [f for f in report.findings if f.code == "O619"]
+    assert found.severity == expected
+    assert not [f for f in report.findings if f.severity == "error" and f.code != "O619" and not f.consequence_of]
+
+
 PARTS = ("weight_scale", "weight_scale_2", "input_scale")
 
 
@@ -587,3 +603,17 @@ def test_biases_beside_packed_words_matter_where_the_class_has_none_and_they_are
     case.tensors[f"{DOWN}.bias"][5] = 0x3C00
     [line] = serious(check(case.write(tmp_path / "values"), case.recipe))
     assert line.startswith(f"F066 1 linear has a bias that LlamaForCausalLM does not read ({DOWN}.bias)")
+
+
+@pytest.mark.parametrize(
+    "runtime, exclude, expected",
+    [("vllm", (), [("error", "O623")]), ("vllm", ("re:.*mlp.gate$",), []), ("", (), []), ("transformers", (), [])],
+)
+def test_a_router_that_no_entry_excludes_is_named_where_vllm_would_take_it_as_packed(
+    tmp_path, runtime, exclude, expected
+):
+    with use_family("qwen3_moe"):
+        case = compressed(ignore=("lm_head", *exclude))
+    case.recipe = case.recipe.with_field("runtime", runtime)
+    report = check(case.write(tmp_path), case.recipe)
+    assert [(f.severity, f.code) for f in report.findings if f.severity == "error"] == expected, report.findings

@@ -264,3 +264,18 @@ def test_float32_is_stored_in_sixteen_bits_and_the_config_says_so(tmp_path):
     staged.write_part("00000", kept)
     staged.finish(checkpoint, Recipe(), [], {})
     assert json.loads((staged.stage / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("format, listed", [("compressed-tensors", True), ("gptq", False)])
+def test_routers_are_named_where_readers_take_every_linear_that_no_list_names(format, listed):
+    """vLLM builds some routers as linears, which transformers does not have among its own."""
+    layer = "model.layers.0.mlp"
+    names = [
+        f"{layer}.gate.weight",
+        f"{layer}.experts.0.gate_proj.weight_packed",
+        f"{layer}.experts.0.gate_proj.qweight",
+    ]
+    stated = Output.stated(Recipe(format=format), [], [*names, f"{layer}.shared_expert.gate_proj.weight"], {})
+    said = json.dumps(stated)
+    assert (f'"{layer}.gate"' in said) == listed
+    assert "shared_expert" not in said
