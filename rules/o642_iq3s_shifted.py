@@ -41,9 +41,9 @@ def bad():
     words = np.full((2, 110), 0x5A, np.uint8)
     words[:, :2] = 0, 0x2C
     words[1, 58:66] = words[1, 73] = words[1, 102:106] = 0
-    case.values["blk.0.extra.weight"] = np.zeros((1, 512), "<f4")
-    case.types["blk.0.extra.weight"] = ("IQ3_S", words.tobytes())
-    return case, "blk.0.extra.weight: 1 of 2 IQ3_S blocks are written one place too early after 32 zeros"
+    case.values["blk.0.ffn_extra.weight"] = np.zeros((1, 512), "<f4")
+    case.types["blk.0.ffn_extra.weight"] = ("IQ3_S", words.tobytes())
+    return case, "blk.0.ffn_extra.weight: 1 of 2 IQ3_S blocks are written one place too early after 32 zeros"
 
 
 def good():

@@ -113,7 +113,7 @@ def _written(
             ),
             _("Take fewer linears out with --ignore, or give tensors the names that their class is published with."),
         )
-    stated = export.quantization_config(recipe, dict.fromkeys(kept), packed, known)
+    stated = export.Output.stated(recipe, dict.fromkeys(kept), [name for name, *_rest in headers], known)
     export.write_configs(folder, checkpoint, recipe, stated)
     raw = header_bytes(sorted(headers, key=lambda header: -DTYPES[header[1]].bits))
     with open(folder / "model.safetensors", "wb") as file:
