@@ -28,11 +28,19 @@ def verify(
     first, second = Checkpoint.open(original), Checkpoint.open(quantized)
     require_comparable(first, second, options.get("text"))  # before torch is imported
     others = [name for name in options.get("tasks", ()) if name != "choices"]
-    require_harness(others, str(options["client_python"]) if options.get("client_python") else None)
+    given = options.get("client_python")
+    python = _from_anywhere(os.fspath(given)) if given else None
+    options["client_python"] = python
+    require_harness(others, python)
     from doctor.evaluate.verify import verify as run
 
     options.setdefault("load_proof", os.environ.get("DOCTOR_LOAD_PROOF") != "0")
     return run(first, second, **options)
+
+
+def _from_anywhere(program: str) -> str:
+    """The same program for a child that runs in another directory. A name alone is looked up in PATH."""
+    return os.path.abspath(program) if os.sep in program else program
 
 
 def compare(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from healthy_models import save
 
+from doctor import api
 from doctor.core.errors import DoctorError
 from doctor.core.recipe import Recipe
 from doctor.evaluate.clients.logprobs import run_client
@@ -76,3 +77,15 @@ def test_verify_says_what_the_client_computes_and_judges_it(tmp_path):
     assert "transformers" in render("full", [report]).split("client ")[-1]
     with pytest.raises(DoctorError, match=r"--client ollama: must be one of transformers, vllm and llama\.cpp"):
         verify(tmp_path / "m", tmp_path / "q", client="ollama")
+
+
+def test_an_interpreter_may_be_named_from_where_the_user_stands(tmp_path, monkeypatch):
+    """The client runs in a directory of its own."""
+    program = tmp_path / "env" / "python"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    save("qwen3", tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    report = api.verify("m", "m", client="vllm", client_python="env/python", rows=1, context=16, load_proof=False)
+    assert "without an answer" in report.to_json()
