@@ -10,6 +10,7 @@ judged by tr(E H E^T) under the second. Printed is the geometric mean over linea
 import argparse
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -43,6 +44,16 @@ def hessians(model, layers, rows) -> dict[str, torch.Tensor]:
     return {path: found.take() for path, found in sums.items()}
 
 
+def sampled(model: torch.nn.Module, layers: Iterable[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key of its Hessian, about SAMPLE of its rows f32[rows, k]) of every linear of these decoder layers."""
+    for i in layers:
+        for path, module in model.model.layers[i].named_modules():
+            if isinstance(module, torch.nn.Linear):
+                owner, _dot, role = path.rpartition(".")
+                W = module.weight.detach()[:: max(1, len(module.weight) // SAMPLE)].contiguous()
+                yield f"{i}.{owner}.{SHARED.get(role, role)}", W
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -61,17 +72,11 @@ def main() -> None:
     for rows in map(int, options.rows.split(",")):
         seen = hessians(model, layers, calibration_rows(tokenizer, rows))
         logs: list[list[float]] = [[] for _damp in damps]
-        for i in layers:
-            for path, module in model.model.layers[i].named_modules():
-                if not isinstance(module, torch.nn.Linear):
-                    continue
-                owner, _dot, role = path.rpartition(".")
-                key = f"{i}.{owner}.{SHARED.get(role, role)}"
-                W = module.weight.detach()[:: max(1, len(module.weight) // SAMPLE)].contiguous()
-                for log, damp in zip(logs, damps, strict=True):
-                    options_of = {"group_size": options.group_size, "damp": damp, "damp_max": max(damp, 0.1)}
-                    E = W - gptq.solve(W, seen[key].clone(), **options_of).weight()
-                    log.append(math.log(float(((E @ unseen[key]) * E).sum())))
+        for key, W in sampled(model, layers):
+            for log, damp in zip(logs, damps, strict=True):
+                options_of = {"group_size": options.group_size, "damp": damp, "damp_max": max(damp, 0.1)}
+                E = W - gptq.solve(W, seen[key].clone(), **options_of).weight()
+                log.append(math.log(float(((E @ unseen[key]) * E).sum())))
         means = [math.exp(sum(a - b for a, b in zip(log, logs[0], strict=True)) / len(log)) for log in logs]
         print(f"| {rows} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |", flush=True)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from damping import SAMPLE, SHARED, hessians
+from damping import hessians, sampled
 from text_rows import calibration_rows, heldout_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,17 +44,11 @@ def main() -> None:
     print("|---:" * (len(tries) + 1) + "|")
     for bits in map(int, options.bits.split(",")):
         logs: dict[tuple[str, int], list[float]] = {one: [] for one in tries}
-        for i in LAYERS:
-            for path, module in model.model.layers[i].named_modules():
-                if not isinstance(module, torch.nn.Linear):
-                    continue
-                owner, _dot, role = path.rpartition(".")
-                key = f"{i}.{owner}.{SHARED.get(role, role)}"
-                W = module.weight.detach()[:: max(1, len(module.weight) // SAMPLE)].contiguous()
-                for name, passes in tries:
-                    how = {"bits": bits, "group_size": options.group_size, "refine": passes, **GRIDS[name]}
-                    E = W - gptq.solve(W, seen[key].clone(), **how).weight()
-                    logs[name, passes].append(math.log(float(((E @ unseen[key]) * E).sum())))
+        for key, W in sampled(model, LAYERS):
+            for name, passes in tries:
+                how = {"bits": bits, "group_size": options.group_size, "refine": passes, **GRIDS[name]}
+                E = W - gptq.solve(W, seen[key].clone(), **how).weight()
+                logs[name, passes].append(math.log(float(((E @ unseen[key]) * E).sum())))
         first = logs[tries[0]]
         means = [math.exp(sum(a - b for a, b in zip(log, first, strict=True)) / len(log)) for log in logs.values()]
         print(f"| {bits} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |", flush=True)

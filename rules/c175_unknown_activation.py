@@ -12,8 +12,8 @@ SwiGLU is `silu` here.
 
 False alarms: models with code of their own (auto_map) are not judged. A name newer than transformers 5.24 is named too.
 
-Fix safety: safe where only case differs, and for swiglu, which can mean silu alone. Unsafe: the donor's name
-(`--from`). Else manual.
+Fix safety: safe where only case differs, for swiglu, which can mean silu alone, and for swish, another name of silu
+that vLLM refuses. Unsafe: the donor's name (`--from`). Else manual.
 
 Sources: transformers 5.24 src/transformers/activations.py, ACT2CLS; vllm-project/vllm 0.32
 vllm/model_executor/models/llama.py, qwen2.py, mistral.py, internlm2.py, granite.py ("Only silu is supported").
@@ -32,7 +32,7 @@ NAMES = frozenset(
 )
 KEYS = ("hidden_activation", "hidden_act", "activation_function", "mlp_hidden_act")  # the first that stands is read
 MEANT = {"swiglu": "silu"}
-# Families that vLLM computes with SiLU whatever the name, or not at all.
+# Families for which vLLM refuses every other name, or, as for Mixtral, computes SiLU under any name.
 SILU_ALONE = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "internlm2", "granite")
 
 

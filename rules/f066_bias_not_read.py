@@ -18,20 +18,7 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py and modeli
 vllm/model_executor/models/utils.py (AutoWeightsLoader.load_weights: "Ignore unexpected biases").
 """
 
-from doctor.lint.rule import (
-    ATTENTION,
-    BIAS_KEYS,
-    MISSING,
-    MLP,
-    Fix,
-    Place,
-    SetJson,
-    _,
-    family_table,
-    finding,
-    plural,
-    rule,
-)
+from doctor.lint.rule import ATTENTION, MISSING, Fix, Place, SetJson, _, finding, keyed_linears, plural, rule
 from doctor.lint.testing import np, only_in, tiny
 
 OTHER_KEYS = ("bias", "qkv_bias", "use_bias")  # of classes of the same tensor names, which some readers go by
@@ -40,14 +27,9 @@ OTHER_KEYS = ("bias", "qkv_bias", "use_bias")  # of classes of the same tensor n
 @rule("F066", "warning", implied_by=("C142", "F062", "G330"))
 def bias_not_read(checkpoint, tensors, placement, config, largest_values):
     spec = placement.spec
-    known = spec.family in BIAS_KEYS and family_table(spec.family)["architecture"] == spec.architecture
-    if not known or config.get("auto_map"):
-        return
-    for roles, key in zip((ATTENTION, MLP), BIAS_KEYS[spec.family], strict=True):
+    for key, linears in keyed_linears(placement, config):
         if any(spec.config.get(word) for word in (key, *OTHER_KEYS)):
             continue
-        weights = {linear.tensor for linear in spec.linears} | set(placement.words)
-        linears = [name for name in weights if (found := placement.template_of(name)) and found.role in roles]
         held = sorted(name for weight in linears if (name := weight.removesuffix("weight") + "bias") in tensors)
         lost = [name for name in held if largest_values.get(name, 0.0) != 0]
         if not lost:

@@ -17,33 +17,16 @@ Sources: transformers src/transformers/models/llama/modeling_llama.py and modeli
 vllm/model_executor/layers/linear.py (bias = Parameter(torch.empty(...))).
 """
 
-from doctor.lint.rule import (
-    ATTENTION,
-    BIAS_KEYS,
-    MLP,
-    Fix,
-    Place,
-    SetJson,
-    _,
-    family_table,
-    finding,
-    plural,
-    rule,
-)
+from doctor.lint.rule import Fix, Place, SetJson, _, finding, keyed_linears, plural, rule
 from doctor.lint.testing import only_in, tiny
 
 
 @rule("F068", "error", implied_by=("C142", "F050", "F057", "F062", "G330"))
 def bias_promised_absent(checkpoint, tensors, placement, config):
     spec = placement.spec
-    known = spec.family in BIAS_KEYS and family_table(spec.family)["architecture"] == spec.architecture
-    if not known or config.get("auto_map"):
-        return
-    for roles, key in zip((ATTENTION, MLP), BIAS_KEYS[spec.family], strict=True):
+    for key, linears in keyed_linears(placement, config):
         if not key or spec.config.get(key) is not True:
             continue
-        weights = {linear.tensor for linear in spec.linears} | set(placement.words)
-        linears = [name for name in weights if (found := placement.template_of(name)) and found.role in roles]
         modules = sorted(name.rpartition(".")[0] for name in linears)
         lost = [f"{module}.bias" for module in modules if f"{module}.bias" not in tensors]
         if not lost:

@@ -81,7 +81,7 @@ from doctor.lint.donor_fixes import chat_template_fix, from_base, tensor_from_ba
 from doctor.lint.page import QUOTATION, Seen, headline, quotations, sections_of, write_page  # noqa: F401
 from doctor.lint.plain_fixes import decoding_fix  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
-from doctor.model.bias_keys import ATTENTION, BIAS_KEYS, MLP  # noqa: F401
+from doctor.model.bias_keys import ATTENTION, keyed_linears  # noqa: F401
 from doctor.model.chat_template import free_names, parse_template, parsed_template  # noqa: F401
 from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
 from doctor.model.expressions import keys_of  # noqa: F401

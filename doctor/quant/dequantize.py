@@ -73,14 +73,32 @@ def _decoded(checkpoint: Checkpoint) -> Checkpoint:
         ) from None
 
 
-class Dequantized:
-    """A Checkpoint's reading interface over dequantized weights: `tensors` and `load` give float32 for quantized
-    linears. lent: stored tensors that are in memory already, in whatever dtype, for `load_on` alone.
+class FloatView:
+    """A Checkpoint's reading interface over packed weights: `tensors` and `load` give float32 for quantized linears.
+    lent: stored tensors that are in memory already, in whatever dtype, for `load_on` alone.
     """
 
-    def __init__(self, source: Checkpoint, quantization: Quantization):
-        self.source, self.quantization = source, quantization
+    def __init__(self, source: Checkpoint):
+        self.source = source
         self.lent: Mapping[str, torch.Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def value(self, name: str) -> dict | None:
+        """A JSON file's object; config.json without its quantization_config, since what is read here are floats."""
+        document = self.source.value(name)
+        if name == "config.json" and document is not None:
+            return {k: v for k, v in document.items() if k != "quantization_config"}
+        return document
+
+
+class Dequantized(FloatView):
+    """A view of a checkpoint whose quantization_config says how its linears are stored."""
+
+    def __init__(self, source: Checkpoint, quantization: Quantization):
+        super().__init__(source)
+        self.quantization = quantization
         words = "." + self.format.words
         self.modules = sorted(n.removesuffix(words) for n in source.tensors if n.endswith(words))
         own = {f"{module}.{part}" for module in self.modules for part in self.format.part_names}
@@ -95,16 +113,6 @@ class Dequantized:
     def format(self) -> Format:
         """The format that the linears are stored in."""
         return self.quantization.format
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def value(self, name: str) -> dict | None:
-        """A JSON file's object; config.json without its quantization_config, since what is read here are floats."""
-        document = self.source.value(name)
-        if name == "config.json" and document is not None:
-            return {k: v for k, v in document.items() if k != "quantization_config"}
-        return document
 
     def _parts(self, module: str) -> list[str]:
         return [part for part in self.format.part_names if f"{module}.{part}" in self.source.tensors]

@@ -7,9 +7,7 @@ of 32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from doctor.checkpoint.ggml_types import GgmlType
 from doctor.checkpoint.safetensors import TensorInfo
 from doctor.formats.ggml_blocks import decode
 from doctor.quant.block_change import HEADS, BlockChange, changed, head_of
+from doctor.quant.dequantize import FloatView
 from doctor.quant.gguf_output import IMPORTANCE, source_of
 from doctor.quant.tuning.parameters import Scales
 
@@ -91,14 +90,11 @@ def levels_of(words: torch.Tensor, kind: GgmlType) -> torch.Tensor:
     return torch.cat(parts, 1)
 
 
-class BlockParts:
-    """A Checkpoint's reading interface over the parts of a run that writes GGUF: `.weight` in place of words.
-    lent: stored tensors that are in memory already, in whatever dtype, for `load_on` alone.
-    """
+class BlockParts(FloatView):
+    """A view of the parts of a run that writes GGUF: `.weight` in place of words."""
 
     def __init__(self, source: Checkpoint):
-        self.source = source
-        self.lent: Mapping[str, torch.Tensor] = {}
+        super().__init__(source)
         self.tensors: dict[str, TensorInfo] = {}
         self._packed: dict[str, tuple[TensorInfo, GgmlType]] = {}
         for info in source.tensors.values():
@@ -115,16 +111,6 @@ class BlockParts:
     def are(checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is such parts."""
         return any(source_of(name)[1] is not None for name in checkpoint.tensors)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def value(self, name: str) -> dict | None:
-        """A JSON file's object; config.json without its quantization_config, since what is read here are floats."""
-        document = self.source.value(name)
-        if name == "config.json" and document is not None:
-            return {k: v for k, v in document.items() if k != "quantization_config"}
-        return document
 
     def load(self, name: str) -> np.ndarray:
         """Codes of a stored tensor; float32 values of a weight in blocks [out_features, in_features]."""
