@@ -84,7 +84,8 @@ def gguf_token_ids(checkpoint, gguf_models):
 def _twice(model, tokens, place):
     """Tokens of one text: llama.cpp stops at the second. It gives tokens without a text names of their own."""
     first: dict[str, int] = {}
-    again = [(first[t], i) for i, t in enumerate(tokens) if t and first.setdefault(t, i) != i]
+    texts = ((i, t) for i, t in enumerate(tokens) if t and isinstance(t, str))  # other types are F077's
+    again = [(first[t], i) for i, t in texts if first.setdefault(t, i) != i]
     if again:
         one, other = again[0]
         yield finding(

@@ -29,6 +29,7 @@ def said(case, folder):
         ("llama.attention.key_length", w.text("x"), "F073", "rope.dimension_count is 16; must be x"),
         ("llama.embedding_length", None, "F073", "lacks llama.embedding_length"),
         ("llama.embedding_length", w.text("64"), "F073", "llama.embedding_length"),
+        ("tokenizer.ggml.tokens", w.i32s([7] * 96), "F077", "tokenizer.ggml.tokens"),
     ],
 )
 def test_metadata_that_llama_cpp_refuses_is_named(tmp_path, key, value, code, words):
