@@ -37,7 +37,9 @@ from doctor.quant.tuning.student import SlopeOf, Student, add_slope, gain_of, pu
 from doctor.quant.tuning.wanted import ROWS_A_STEP, TOKENS
 
 WATCH = 8  # one row in so many is watched and not trained on
-RATE = 2e-3  # relative change of a scale in one of Adam's full steps, with codes of 4 bits and more
+# Relative change of a scale in one of Adam's full steps, with codes of 4 bits and more; an eighth of layerwise.RATE:
+# larger steps undo what the layers have settled.
+RATE = 5e-4
 WARM_UP = 3  # steps
 LAST_SHARE = 0.02  # of RATE, in the last step
 LOWER = 0.25  # of the rate, for the second half of the steps where the first did not lower the divergence
