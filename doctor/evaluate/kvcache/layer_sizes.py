@@ -9,7 +9,7 @@ half of them state it only in their class's defaults.
 
 from typing import Any
 
-from doctor.core.errors import BadCheckpoint
+from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.messages import _
 from doctor.core.tables import table
 from doctor.evaluate.kvcache.layout import CacheLayout, Layer
@@ -26,7 +26,14 @@ _ASK_CHECK = _("Run `doctor check`: rules C14x say which key is missing.")
 
 
 def read_cache_layout(spec: ModelSpec) -> CacheLayout:
-    """The cache of a model, from its config. Raises BadCheckpoint where the config does not give the sizes."""
+    """The cache of a model, from its config. Raises BadCheckpoint where the config does not give the sizes, PlanRefused
+    for an encoder and a decoder.
+    """
+    if spec.config.get("is_encoder_decoder") is True:  # each layer also keeps keys of what the encoder gave
+        raise PlanRefused(
+            _("config.json: is_encoder_decoder is true: the cache of an encoder's outputs is not counted here."),
+            _("advise and kvcache are of decoder language models; `doctor check --scheme FP8_DYNAMIC` judges it."),
+        )
     reader = _Reader(spec)
     types = reader.layer_types()
     layers = [reader.layer(i, kind) for i, kind in enumerate(types)]

@@ -44,6 +44,7 @@ WARM_UP = 3  # steps
 LAST_SHARE = 0.02  # of RATE, in the last step
 LOWER = 0.25  # of the rate, for the second half of the steps where the first did not lower the divergence
 SAVE_EVERY = 4  # steps
+_UNTUNED, _BY_LAYER = _("no change"), _("layer by layer")  # what the watched rows are seen under before the first step
 
 
 @dataclass
@@ -270,9 +271,9 @@ class Trainer:
         """
         given = self.student.changes
         if not any(bool(change.any()) for change in given.values()):
-            return self._look(0)
+            return self._look(0, _UNTUNED)
         self.student.changes = self.ends.changes = _zeros_of(given)
-        none = self._look(0)
+        none = self._look(0, _UNTUNED)
         self.student.changes = self.ends.changes = given
         least = self._judged(0, none)
         if least == none:
@@ -315,8 +316,10 @@ class Trainer:
         self.rate = state.get("rate", self.rate)
         return state["step"], state["least"]
 
-    def _look(self, step: int) -> float:
-        """Mean KL of the watched rows."""
+    def _look(self, step: int, state: str = "") -> float:
+        """Mean KL of the watched rows, of `state`; else of what `step` steps from end to end, or the layers' own steps
+        alone, have made.
+        """
         states = [self.student.first[r] for r in self.watch]
         for i in range(len(self.student)):
             states = self.student.run(i, states, self.watch)
@@ -330,14 +333,9 @@ class Trainer:
                 _("tuning, step {step}: the divergence of the watched rows is {value}.", step=step, value=value)
             )
         self.progress.watched.append((step, value))
-        self.say(
-            _(
-                "tune: step {step} of {steps}, KL {kl:.4f} on rows that are not trained on",
-                step=step,
-                steps=len(self.schedule),
-                kl=value,
-            )
-        )
+        if step:
+            state = _("step {step} of {steps}", step=step, steps=len(self.schedule))
+        self.say(_("tune: {state}, KL {kl:.4f} on rows that are not trained on", state=state or _BY_LAYER, kl=value))
         return value
 
     def _compared(self, rows: list[int]) -> int:

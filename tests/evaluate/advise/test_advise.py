@@ -10,11 +10,12 @@ import pytest
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
-from doctor.core.errors import BadCheckpoint, DoctorError
+from doctor.core.errors import BadCheckpoint, DoctorError, PlanRefused
 from doctor.core.tables import table
 from doctor.evaluate.advise.advise import advise
 from doctor.evaluate.advise.candidates import candidates
 from doctor.evaluate.advise.kinds import one_of_each
+from doctor.evaluate.kvcache.study import kvcache
 from doctor.lint.testing import tiny
 from doctor.report.advice_text import advice_html, advice_json, advice_markdown, legend, render_advice, show_advice
 from doctor.report.screen import console
@@ -248,3 +249,11 @@ def test_a_legend_names_what_was_not_measured_and_whose_figure_is_of_another_mod
     ]
     alone = legend(known)
     assert not any(line.startswith("?: ") or "Gemma" in line for line in alone)
+
+
+@pytest.mark.parametrize("look", [lambda path: advise(path, memory=GIB), kvcache])
+def test_an_encoder_with_a_decoder_is_refused_by_its_name_and_not_for_a_lost_key(tmp_path, look):
+    case = tiny()
+    case.json["config.json"].update(is_encoder_decoder=True, architectures=["MarianMTModel"], model_type="marian")
+    with pytest.raises(PlanRefused, match="is_encoder_decoder is true"):
+        look(case.write(tmp_path / "halves"))

@@ -254,3 +254,15 @@ def test_the_plan_counts_the_tuning(taught, recipe):
     assert planned(rows=8, tune=8).tuning > 0
     assert planned(memory=auto.tuning // 2).tuning == 0 and planned(memory=auto.tuning // 2, tune=8).tuning > 0
     assert planned(tune=128).tuning > auto.tuning
+
+
+def test_layers_alone_are_said_as_such_and_steps_only_where_there_are_some(taught, recipe, tmp_path, monkeypatch):
+    """`auto` may find time for the layers alone: then no step from end to end follows."""
+    monkeypatch.setattr(wanted, "LEAST_ROWS", 4)
+    monkeypatch.setattr(wanted, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(wanted, "_affordable", lambda *_all: 0)
+    told = []
+    done = api.quantize(taught, tmp_path / "out", recipe, progress=lambda text: told.append(str(text)), **ROWS)
+    assert done.report.extra["tuning"]["steps"] == 0
+    looks = [x.split(", KL")[0] for x in told if "rows that are not trained on" in x]
+    assert looks == ["tune: no change", "tune: layer by layer"]
