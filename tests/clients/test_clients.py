@@ -174,7 +174,9 @@ EXPERT_PROMPTS = ["abcdefgh", "xyzXYZ12", "ABab", "MNOPmnop", "98765"]
 )
 def test_vllm_serves_experts_that_were_taken_apart(family, format, tmp_path, request):
     folder = taken_apart(family, format, tmp_path)
-    prove(folder, request.node.user_properties, experts_left_out=format != "compressed-tensors")
+    prove(
+        folder, request.node.user_properties, experts_left_out=family == "granitemoe" or format != "compressed-tensors"
+    )
     answer = ask("vllm", folder, "--tokens", "6", prompts=EXPERT_PROMPTS)
     assert answer["int4_experts"] in ("vllm", "reference")
     assert agreement(folder, EXPERT_PROMPTS, [[token for token, _ in one] for one in answer["answers"]]) >= 0.8

@@ -267,7 +267,10 @@ def test_a_tensor_of_the_right_words_and_the_wrong_shape_is_no_pair(tmp_path):
     assert "F062" not in {f.code for f in check(folder, RECIPE).findings}
 
 
-@pytest.mark.parametrize("family, form", [("gpt_oss", "gptq"), ("granitemoe", "awq"), ("llama4_text", "gptq_v2")])
+@pytest.mark.parametrize(
+    "family, form",
+    [("gpt_oss", "gptq"), ("granitemoe", "awq"), ("granitemoe", "compressed-tensors"), ("llama4_text", "gptq_v2")],
+)
 def test_packed_experts_stored_one_by_one_belong_and_transformers_is_told_to_leave_them_out(family, form, tmp_path):
     source = save(family, tmp_path / "m", **({"num_experts_per_tok": 1} if family == "llama4_text" else {}))
     recipe = Recipe(method="rtn", group_size=32, sym=form != "awq", format=form)
