@@ -53,12 +53,12 @@ LOST = Fix(_("find out which missing tensor this is; nothing is dropped while th
     certainty="likely",
     implied_by=("C147", "F057", "F058", "F061", "F062", "F064", "C142", "F050", "G330", "O611", "O619", "O620", "O625"),
 )
-def unexpected_tensor(checkpoint, placement, config, misnamed):
+def unexpected_tensor(checkpoint, placement, config, misnamed, layout):
     spec = placement.spec
     if spec.family is None:
         return
     lost = bool(misnamed.absent or misnamed.names or placement.missing())
-    placed = {info.name for info, _axis, _sizes in placement.sizes()}
+    placed = {info.name for info, _axis, _sizes in placement.sizes()} | _packed_experts(layout)
     for block in placement.counted:
         for tail, info in placement.blocks[block].items():
             if info.name in placed or BENIGN.search(tail):
@@ -87,6 +87,13 @@ def unexpected_tensor(checkpoint, placement, config, misnamed):
             fix=LOST if lost else Fix(_("drop it"), tuple(DropTensor(i.name) for i in own), "unsafe", by_name=True),
             advice=_("make sure that config.json names the family of these weights"),
         )
+
+
+def _packed_experts(layout):
+    """Weights of experts that a format stores one by one, where the family's own files hold them in one tensor."""
+    if not layout.quantized:
+        return set()
+    return {f"{x.name}.weight" for x in layout.linears if x.expert is not None}
 
 
 def _strangers(placement, config, tensors, placed):

@@ -12,7 +12,8 @@ Do: for Llama 4 in vLLM, write symmetric compressed-tensors, or leave q, k and v
 models in transformers 5, load the file with GPTQModel.load or serve it with vLLM.
 
 False alarms: a version newer than the table may be fixed. Without --runtime only the behaviour of vLLM is reported, as
-a warning.
+a warning. GPTQModel.load reads mixtures that transformers' from_pretrained does not: a plan gets a warning for them, a
+stored file under --runtime transformers an error.
 
 Fix safety: unsafe: another format, or linears in 16 bits, is the user's choice. A quantized checkpoint has no fix.
 
@@ -48,11 +49,16 @@ def linears_misread(checkpoint, layout, spec, recipe, published):
                     n=len(wrong),
                     cause=_(row["cause"]),
                 ),
-                severity=row.get("severity", "error") if asked else "warning",
+                severity=_severity(row, layout.quantized) if asked else "warning",
                 evidence={"runtime": row["runtime"], "format": layout.format, "linears": len(wrong)},
                 fix=None if layout.quantized or row.get("experts") else _other_plan(row, layout, recipe, wrong),
                 advice=_(row["advice"]),
             )
+
+
+def _severity(row, quantized):
+    """A plan may still choose another reader of the same runtime; what is stored already is loaded as it is."""
+    return "error" if quantized else row.get("severity", "error")
 
 
 def _reads_so(row, form, sym, recipe):

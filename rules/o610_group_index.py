@@ -34,7 +34,20 @@ def group_index(checkpoint, quantization, packed_words, tensors, recipe):
         if scales is None or len(scales.shape) != 2 or not words.count:
             continue
         groups = scales.shape[0]
-        if words.smallest < 0 or words.largest >= groups:
+        columns, found = _columns(name, tensors, quantization), tensors[name].shape
+        if tuple(found) != (columns,):
+            yield finding(
+                _(
+                    "{tensor} has the shape {found}; the linear has {n:,} inputs",
+                    tensor=name,
+                    found=list(found),
+                    n=columns,
+                ),
+                at=Place(tensors[name].shard, tensor=name),
+                advice=_("quantize this linear again"),
+                evidence={"shape": list(found), "inputs": columns},
+            )
+        elif words.smallest < 0 or words.largest >= groups:
             fix = Fix(
                 _("write g_idx as groups of consecutive columns"), (_in_order(name, tensors, quantization),), "unsafe"
             )
@@ -101,10 +114,15 @@ def _refused(quantization, recipe):
     return any(not (version and first and version_before(version, first)) for first in since)
 
 
-def _in_order(name, tensors, quantization):
+def _columns(name, tensors, quantization):
+    """Inputs of the linear, by its words."""
     form, module = quantization.format, name.rpartition(".")[0]
     width, _height = form.size(tensors[f"{module}.{form.words}"].shape, quantization.bits_of(module))
-    return GroupsInOrder(name, width, quantization.group_size)
+    return width
+
+
+def _in_order(name, tensors, quantization):
+    return GroupsInOrder(name, _columns(name, tensors, quantization), quantization.group_size)
 
 
 def bad():

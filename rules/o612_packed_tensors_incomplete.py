@@ -57,6 +57,30 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, spec, b
                 fix=shown,
                 advice=_("set bits and group_size to the values that the tensors were made with"),
             )
+            continue
+        yield from _zeros(quantization, linear, tensors, expected, at)
+
+
+def _zeros(quantization, linear, tensors, scales, at):
+    """Zero points in words beside the scales: a group a row, as many bits each as a code has."""
+    form, bits = quantization.format, quantization.bits_of(linear.name)
+    info = tensors.get(f"{linear.name}.{form.zeros}")
+    if info is None or form.zeros != "qzeros" or quantization.version == "gemv" or not quantization.readable:
+        return
+    expected = (scales[0], scales[1] * bits // 32)
+    if tuple(info.shape) != expected:
+        yield finding(
+            _(
+                "{linear} has zero points {zeros}; scales {scales} need {expected}",
+                linear=linear.name,
+                zeros=list(info.shape),
+                scales=list(scales),
+                expected=list(expected),
+            ),
+            at=at,
+            evidence={"zeros": list(info.shape), "expected": list(expected)},
+            advice=_("quantize this linear again"),
+        )
 
 
 def _other_bits(quantization, layout, tensors, spec):

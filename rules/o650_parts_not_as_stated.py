@@ -73,6 +73,7 @@ def parts_not_as_stated(
         values = {"part": part, "says": says, "first": first, "found": is_, "wanted": must}
         yield finding(
             _message(kind, names, values),
+            severity="warning" if (kind, is_, must) == ("dtype", "I64", "I32") else "",  # readers copy them over
             at=Place(tensors[names[0]].shard if names[0] in tensors else file, tensor=names[0]),
             evidence={"tensors": len(names), "stated": says, "names": names[:100]},
             facts_table=((_("stated at"), f"{file} {pointer}"), (_("says"), says)),

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import load_proofs
 import printed
 import pytest
 import rungs
@@ -111,6 +112,8 @@ def pytest_runtest_logreport(report):
             printed.RAN.append(tuple(value))
         if name in PROVED:
             PROVED[name].append(value)
+        elif name == "load proof":
+            load_proofs.WHOLE.append(value)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -125,6 +128,7 @@ def pytest_terminal_summary(terminalreporter):
     if pairs or families:
         terminalreporter.write_line(f"false alarms: {len(PROVED['alarm'])}")
     printed.summary(terminalreporter)
+    load_proofs.summary(terminalreporter)
     rungs.summary(terminalreporter)
 
 

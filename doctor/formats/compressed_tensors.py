@@ -65,6 +65,9 @@ _INPUTS: dict[str, dict[str, Any]] = {
     "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
 }
 
+# Targets that are no class of linears by their look: names with dots, patterns, and other classes, as Conv2d.
+OTHER_CLASS = re.compile(r"re:|.*\.|(?!\w*Linear)[A-Z]\w*$")
+
 
 @register
 class CompressedTensors(Format):
@@ -317,7 +320,7 @@ class CompressedTensors(Format):
     def takes(self, raw: Mapping[str, Any]) -> Callable[[str], bool] | None:
         """The targets of its groups, a class of modules being all linears."""
         excluded, named = self.excluded(raw), self.targets(raw)
-        every = any("." not in entry.entry and not entry.entry.startswith("re:") for entry in named)
+        every = any(OTHER_CLASS.match(entry.entry) is None for entry in named)
         return lambda module: not excluded(module) and (every or any(entry.matches(module) for entry in named))
 
     def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:

@@ -111,8 +111,11 @@ def of_gptq(raw: Mapping[str, Any]) -> Iterator[Refused]:
 
 
 def of_awq(raw: Mapping[str, Any]) -> Iterator[Refused]:
-    """vllm-project/vllm auto_awq.py (from_config)."""
+    """vllm-project/vllm auto_awq.py (from_config); ModelCloud/GPTQModel 7.7 quantization/config.py."""
     yield from _keys(raw, (("bits", "w_bit"), ("group_size", "q_group_size"), ("zero_point",)))
+    for key in ("checkpoint_format", "format"):  # GPTQModel's own choice of a reader, by quant_method first
+        if raw.get(key) in ("gptq", "gptq_v2"):
+            yield Refused(f"/{key}", str(raw[key]), "gemm or gemv for quant_method awq")
 
 
 def of_modelopt(stated: Mapping[str, Any], where: str, excluded: str) -> Iterator[Refused]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from healthy_models import save
+from load_proofs import prove
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
@@ -111,7 +112,8 @@ def test_client_opens_the_unquantized_model(client, smollm2):
 
 
 @pytest.mark.parametrize("client, format", STATED)
-def test_client_opens_our_quantized_model_and_finds_paris(client, format, quantized):
+def test_client_opens_our_quantized_model_and_finds_paris(client, format, quantized, request):
+    prove(quantized(format), request.node.user_properties)
     answer = ask(client, quantized(format), "--tokens", "12")
     assert "Paris" in answer["text"]
     assert answer["quantization"] in STATED[client, format]
@@ -170,23 +172,28 @@ EXPERT_PROMPTS = ["abcdefgh", "xyzXYZ12", "ABab", "MNOPmnop", "98765"]
         ("llama4_text", "compressed-tensors"),
     ],
 )
-def test_vllm_serves_experts_that_were_taken_apart(family, format, tmp_path):
+def test_vllm_serves_experts_that_were_taken_apart(family, format, tmp_path, request):
     folder = taken_apart(family, format, tmp_path)
+    prove(
+        folder, request.node.user_properties, experts_left_out=family == "granitemoe" or format != "compressed-tensors"
+    )
     answer = ask("vllm", folder, "--tokens", "6", prompts=EXPERT_PROMPTS)
     assert answer["int4_experts"] in ("vllm", "reference")
     assert agreement(folder, EXPERT_PROMPTS, [[token for token, _ in one] for one in answer["answers"]]) >= 0.8
 
 
-def test_vllm_misreads_what_g319_finds(tmp_path):
+def test_vllm_misreads_what_g319_finds(tmp_path, request):
     folder = taken_apart("llama4_text", "gptq", tmp_path)
+    prove(folder, request.node.user_properties, experts_left_out=True)
     assert "G319" in {f.code for f in api.check(folder).findings}
     answer = ask("vllm", folder, "--tokens", "6", prompts=EXPERT_PROMPTS)
     assert agreement(folder, EXPERT_PROMPTS, [[token for token, _ in one] for one in answer["answers"]]) < 0.8
 
 
 @pytest.mark.parametrize("family, format", [("gpt_oss", "gptq"), ("gpt_oss", "awq"), ("llama4_text", "gptq")])
-def test_gptqmodel_loads_experts_that_were_taken_apart(family, format, tmp_path):
+def test_gptqmodel_loads_experts_that_were_taken_apart(family, format, tmp_path, request):
     folder = taken_apart(family, format, tmp_path)
+    prove(folder, request.node.user_properties, experts_left_out=True)
     answer = ask("transformers", folder, "--gptqmodel", "--tokens", "6", prompts=EXPERT_PROMPTS)
     assert agreement(folder, EXPERT_PROMPTS, answer["answers"]) >= 0.8
 
@@ -196,13 +203,14 @@ def test_gptqmodel_loads_experts_that_were_taken_apart(family, format, tmp_path)
     [(form, bits, sym) for form in ("gptq", "gptq_v2") for bits in (2, 3) for sym in (True, False)]
     + [("compressed-tensors", bits, True) for bits in (2, 3)],
 )
-def test_transformers_multiplies_by_scales_of_either_sign(format, bits, sym, tmp_path):
+def test_transformers_multiplies_by_scales_of_either_sign(format, bits, sym, tmp_path, request):
     """vLLM's kernels for GPTQ of 2 and 3 bits multiply by the scale as well (csrc/quantization/gptq/q_gemm.cu); on a
     CPU it has none for so few bits.
     """
     save("llama", tmp_path / "m")
     recipe = Recipe(method="rtn", bits=bits, group_size=32, sym=sym, format=format)
     folder = api.quantize(tmp_path / "m", tmp_path / "o", recipe).output
+    prove(folder, request.node.user_properties)
     checkpoint = Checkpoint.open(folder)
     tail = "weight_scale" if format == "compressed-tensors" else "scales"
     scales = np.concatenate(
@@ -244,12 +252,13 @@ def cured(narrow) -> Path:
     return result.output
 
 
-def test_two_gpus_refuse_what_g302_finds_and_serve_what_it_cures(narrow, cured, tmp_path):
+def test_two_gpus_refuse_what_g302_finds_and_serve_what_it_cures(narrow, cured, tmp_path, request):
     recipe = Recipe(method="rtn", group_size=32)
     found = api.check(narrow, Recipe(group_size=32, tp=2)).findings
     assert [f.code for f in found] == ["G302"]
     for source, name in ((narrow, "q-narrow"), (cured, "q-cured")):
         assert api.quantize(source, tmp_path / name, recipe).output is not None
+        prove(tmp_path / name, request.node.user_properties)
     refused = start("vllm", tmp_path / "q-narrow", "--tp", "2", **TWO)
     # Workers write to stdout. 48 of the 96 inputs are one and a half groups; the served one has 64.
     assert refused.returncode != 0 and "Input size (48) not supported" in refused.stdout, (
@@ -274,7 +283,7 @@ def test_the_cured_model_on_two_gpus_says_what_the_original_says_on_one(narrow, 
     assert equal >= len(PROMPTS) // 2
 
 
-def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(tmp_path):
+def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(tmp_path, request):
     """Its own functions are asked about every linear of each class: towers, projectors and heads too."""
     from tiny_classes import CLASSES, save_class
 
@@ -306,6 +315,7 @@ def test_vllm_takes_as_packed_what_is_packed_and_nothing_else(tmp_path):
             place = tmp_path / f"{name}-{form}{'-vision' if vision else ''}"
             done = quantize(source, place, recipe, calibration=rows, client=client)
             assert done.output
+            prove(done.output, request.node.user_properties)
             written[done.output] = linears
     names = tmp_path / "names.json"
     names.write_text(json.dumps(list(written.values())))

@@ -7,7 +7,7 @@ import pytest
 from healthy_models import save
 from multimodal_models import MODELS, save_multimodal
 
-from doctor.api import check, fix
+from doctor.api import check, fix, quantize
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.lint.testing import shard_bytes
@@ -265,3 +265,16 @@ def test_a_tensor_of_the_right_words_and_the_wrong_shape_is_no_pair(tmp_path):
     rename(folder, SPELLINGS["number at the end"])
     edit_config(folder, moe_intermediate_size=64)
     assert "F062" not in {f.code for f in check(folder, RECIPE).findings}
+
+
+@pytest.mark.parametrize(
+    "family, form",
+    [("gpt_oss", "gptq"), ("granitemoe", "awq"), ("granitemoe", "compressed-tensors"), ("llama4_text", "gptq_v2")],
+)
+def test_packed_experts_stored_one_by_one_belong_and_transformers_is_told_to_leave_them_out(family, form, tmp_path):
+    source = save(family, tmp_path / "m", **({"num_experts_per_tok": 1} if family == "llama4_text" else {}))
+    recipe = Recipe(method="rtn", group_size=32, sym=form != "awq", format=form)
+    out = quantize(source, tmp_path / "o", recipe).output
+    assert "F052" not in {f.code for f in check(out).findings}
+    report = check(out, Recipe(goal="serve", runtime="transformers"))
+    assert {f.code for f in report.findings if f.severity == "error"} == {"G319"}

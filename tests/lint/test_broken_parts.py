@@ -1,0 +1,56 @@
+"""Stored formats of which one part is not what its readers take, as transformers 5.23 with gptqmodel 7.7 and
+compressed-tensors 0.20 answered for files broken in one way each.
+"""
+
+import numpy as np
+import pytest
+
+from doctor.api import check
+from doctor.core.recipe import Recipe
+from doctor.lint.testing import tiny_gptq, tiny_packed
+
+
+def judged(case, tmp_path):
+    """code -> severity of what is said of the file as transformers would serve it."""
+    report = check(case.write(tmp_path), Recipe(goal="serve", runtime="transformers"))
+    return {f.code: f.severity for f in report.findings if not f.consequence_of and f.severity != "info"}
+
+
+@pytest.fixture
+def case():
+    return tiny_gptq()
+
+
+def test_a_sound_file_is_silent(case, tmp_path):
+    assert judged(case, tmp_path) == {}
+
+
+@pytest.mark.parametrize("change", [np.transpose, lambda zeros: zeros[:-1], lambda zeros: zeros[:, :-1]])
+def test_zero_points_of_another_shape_are_an_error(case, change, tmp_path):
+    name = f"{case.packed('down')}.qzeros"
+    case.tensors[name] = np.ascontiguousarray(change(case.tensors[name]))
+    assert judged(case, tmp_path) == {"O612": "error"}
+
+
+def test_a_group_index_that_is_too_short_is_an_error(case, tmp_path):
+    name = f"{case.packed('down')}.g_idx"
+    case.tensors[name] = case.tensors[name][:-4]
+    assert judged(case, tmp_path) == {"O610": "error"}
+
+
+def test_words_in_64_bits_are_copied_over_and_no_error(case, tmp_path):
+    name = f"{case.packed('down')}.qweight"
+    case.tensors[name], case.dtypes[name] = case.tensors[name].astype(np.int64), "I64"
+    assert judged(case, tmp_path) == {"O650": "warning"}
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_a_gptq_file_that_calls_itself_awq_is_an_error(case, version, tmp_path):
+    case.config["quantization_config"] |= {"quant_method": "awq", "checkpoint_format": version, "zero_point": True}
+    assert judged(case, tmp_path)["O651"] == "error"
+
+
+@pytest.mark.parametrize("target, taken", [("Linear", True), ("ColumnParallelLinear", True), ("Conv2d", False)])
+def test_a_class_as_target_takes_linears_only_where_they_are_of_it(target, taken, tmp_path):
+    found = judged(tiny_packed(targets=[target]), tmp_path)
+    assert ("O652" not in found) == taken and (taken or found["O652"] == "error")
