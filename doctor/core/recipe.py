@@ -36,8 +36,7 @@ class Scheme(NamedTuple):
 
     group_size: consecutive in_features that share a scale; -1 is the whole row. tile: (rows, columns) that share a
     scale where it is not one row's group; () where the scales' own shape says it. inputs: a scale of the linear's
-    inputs is stored too. wide: percent of the columns, those of the largest inputs, that have the next width of the
-    format.
+    inputs is stored too. wide: percent of the columns that have the format's next width.
     """
 
     bits: int
