@@ -23,7 +23,8 @@ enum { FLOATS = 3, POWERS = 4 };
 
 /* Codes round(x) + zero clamped to 0..top, for x = w / scale. Values past 2^10 only ever clamp, and below it adding and
  * taking off 1.5 * 2^23 rounds to nearest even at every level. No NaN comes here: W, H and scales were refused before.
- * Of 4-bit floats x is in halves, and the levels lie 1 apart below 4, 2 apart below 8, 4 apart up to 12. */
+ * Of 4-bit floats x is in halves, and the levels lie 1 apart below 4, 2 apart below 8, 4 apart up to 12. A top below 0:
+ * groups are symmetric and of several widths, so the zero point says it. */
 static inline lanes code_of(lanes x, lanes zero, const grid_rule *rule)
 {
     const lanes magic = all(0x1.8p23f);
@@ -36,7 +37,7 @@ static inline lanes code_of(lanes x, lanes zero, const grid_rule *rule)
         return ((x * inverse + magic) - magic) * step + zero;
     }
     x = larger(smaller(x, all(1024.0f)), all(-1024.0f));
-    return larger(smaller((x + magic) - magic + zero, all(rule->top)), all(0.0f));
+    return larger(smaller((x + magic) - magic + zero, rule->top < 0 ? zero + zero - all(1.0f) : all(rule->top)), all(0.0f));
 }
 
 /* The nearest positive scale that a file can hold (ties to even), never 0; Inf past its range. */

@@ -295,7 +295,7 @@ def overrides(values: Iterable[str]) -> tuple[str, ...]:
     for value in values:
         if _SCHEME.fullmatch(value.strip()):
             continue
-        match = re.fullmatch(r"(.+?)(?::bits)?=(\d+)", value.strip())
+        match = re.fullmatch(r"(.+?)(?::bits)?=(\d+(?:\.\d+)?)", value.strip())
         if match is None or match[1] == ":bits":
             raise click.BadParameter(
                 _("{value} must be PATTERN:bits=B or PATTERN:scheme=NAME, as '*down_proj:bits=8'.", value=repr(value)),

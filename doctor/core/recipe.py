@@ -18,6 +18,7 @@ from doctor.core.methods import BITS, METHODS, STATIC, Method
 from doctor.core.named_schemes import NamedFields, named
 from doctor.core.near import nearest
 from doctor.core.tables import table
+from doctor.core.widths import split_width, width_of, widths_from
 
 GOALS = ("", "quantize", "serve", "none")  # what findings are judged for
 RUNTIMES = ("vllm", "sglang", "exllamav2", "transformers", "llama.cpp")
@@ -35,7 +36,7 @@ class Scheme(NamedTuple):
 
     group_size: consecutive in_features that share a scale; -1 is the whole row. tile: (rows, columns) that share a
     scale where it is not one row's group; () where the scales' own shape says it. inputs: a scale of the linear's
-    inputs is stored too.
+    inputs is stored too. wide: percent of the columns that have the format's next width.
     """
 
     bits: int
@@ -43,6 +44,7 @@ class Scheme(NamedTuple):
     sym: bool = True
     tile: tuple[int, ...] = ()
     inputs: bool = False
+    wide: int = 0
 
 
 class OutputFormat(Protocol):
@@ -51,6 +53,7 @@ class OutputFormat(Protocol):
     name: str
     label: str
     bits: tuple[int, ...]
+    wide: tuple[int, ...]
     own_widths: bool
     groups: tuple[int, ...]
     methods: tuple[str, ...]
@@ -126,6 +129,7 @@ class Recipe:
     kv_cache: str = ""  # how engines store keys and values: fp8, fp8-head (scales of each head); "" is not said
     vision: bool = False  # whether the linears of a vision tower's layers are quantized too
     activations: str = ""  # how engines round each linear's inputs while serving; "" is the format's own way
+    wide: int = 0  # percent of the columns that have the next width, as Scheme says
 
     def damp_for(self, rows: int) -> float:
         """The share that is added to a Hessian of so many calibration rows first: damp, more where rows are few; none
@@ -259,11 +263,14 @@ class Recipe:
                     ),
                     _("left out: {label} has one width for all linears", label=holder.label),
                 )
+        legal = widths_from(form.bits, form.wide)
+        if self.wide and self.width not in legal:
+            raise _illegal(_("bits {value}", value=self.width), _either(legal))
         for text in self.bits_for:
             pattern, _sign, bits = text.rpartition("=")
-            if not pattern or bits not in map(str, form.bits):
+            if not pattern or bits not in map(str, legal):
                 raise _illegal(
-                    _("bits for {text!r}", text=text), _("PATTERN=BITS with {widths} bits", widths=_either(form.bits))
+                    _("bits for {text!r}", text=text), _("PATTERN=BITS with {widths} bits", widths=_either(legal))
                 )
 
     @property
@@ -274,7 +281,16 @@ class Recipe:
     @property
     def scheme(self) -> Scheme:
         """How most linears are stored; `for_linear(name).scheme` is one linear's own."""
-        return Scheme(self.bits, self.group_size, bool(self.sym), inputs=self.activations in STATIC)
+        return Scheme(self.bits, self.group_size, bool(self.sym), (), self.activations in STATIC, self.wide)
+
+    @property
+    def width(self) -> float:
+        """bits, and wide as hundredths: 4.1 are 4 bits with a tenth of the columns in the next width."""
+        return width_of(self.bits, self.wide)
+
+    def of_width(self, width: float) -> Recipe:
+        """This recipe with one width for all linears."""
+        return replace(self, bits_for=(), **split_width(width))
 
     @property
     def calibrated(self) -> bool:
@@ -299,7 +315,7 @@ class Recipe:
         if not (self.bits_for or self.schemes_for):
             return self
         row = named(self.scheme_for(name))
-        own = self._fields_of(row) if row is not None else {"bits": int(_last(self.bits_for, name) or self.bits)}
+        own = self._fields_of(row) if row is not None else split_width(float(_last(self.bits_for, name) or self.width))
         return replace(self, bits_for=(), schemes_for=(), **own)
 
     def scheme_for(self, name: str) -> str:
@@ -316,7 +332,7 @@ class Recipe:
     def label(self) -> str:
         """`gptq 4-bit g128 tp8`: the recipe as people write it."""
         group = "per-channel" if self.group_size == -1 else f"g{self.group_size}"
-        return " ".join([self.name, f"{self.bits}-bit", group, *([f"tp{self.tp}"] if self.tp > 1 else [])])
+        return " ".join([self.name, f"{self.width}-bit", group, *([f"tp{self.tp}"] if self.tp > 1 else [])])
 
     def with_field(self, name: str, value: Any) -> Recipe:
         """This recipe with one field changed by a fix. Raises DoctorError on a step back (less damping, a finer
@@ -362,7 +378,7 @@ def _illegal(what: str, must: str, hint: str = "") -> DoctorError:
     return DoctorError(_("recipe: {what}; must be {must}.", what=what, must=must), hint)
 
 
-def _either(numbers: tuple[int, ...]) -> str:
+def _either(numbers: tuple[float, ...]) -> str:
     """2, 3, 4 or 8"""
     *first, last = map(str, numbers)
     return _("{first} or {last}", first=", ".join(first), last=last) if first else last

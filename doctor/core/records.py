@@ -283,7 +283,7 @@ class Allocation:
     bpw: float  # of the mixture
     uniform_bpw: float
     uniform: str  # as people write it: 4-bit g64, Q4_K_M
-    linears: dict[int, int]  # of the mixture: bits -> linears
+    linears: dict[float, int]  # of the mixture: Recipe.width -> linears
     predicted: float  # KL of the mixture, before it was made
     kl: float  # of the mixture, on rows that were held back
     kl_uniform: float

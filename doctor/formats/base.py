@@ -73,6 +73,7 @@ class Format:
     # What a recipe may ask for.
     writes = True  # False: such files are read, not made
     bits: tuple[int, ...] = ()
+    wide: tuple[int, ...] = ()  # percent of a linear's columns that may have the next width
     groups: tuple[int, ...] = ()  # legal group sizes, the usual one first; () for any
     methods: tuple[str, ...] = ()  # that can choose its codes; () for any
     activations: tuple[str, ...] = ()  # how its readers may round a linear's inputs

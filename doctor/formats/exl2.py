@@ -33,7 +33,7 @@ from doctor.core.recipe import Recipe, Scheme
 from doctor.formats.arrays import Array, cast, contiguous, is_torch, zeros
 from doctor.formats.base import Format, Part, Parts, Shapes, Texts
 from doctor.formats.bits import pack_columns, pack_rows, unpack_columns, unpack_rows
-from doctor.formats.grid import Grid, GridKind, squared_scale
+from doctor.formats.grid import Grid, GridKind, group_bits, squared_scale
 from doctor.formats.registry import register
 from doctor.formats.requirements import require_shape
 
@@ -65,6 +65,7 @@ class EXL2(Format):
     beside = part_names
     verbatim = ("q_groups",)
     bits = (2, 3, 4, 5, 6, 8)
+    wide = (10, 25)  # as ExLlamaV2's own converter has them: a tenth or a quarter
     groups = (128, 64, 32)
     methods = ("gptq", "rtn")
     scales = "q_scale"
@@ -95,14 +96,14 @@ class EXL2(Format):
         return info.shape[1], rows
 
     def grid(self, scheme: Scheme) -> GridKind:
-        return GridKind(scheme.bits, scheme.group_size, True, squared=True)
+        return GridKind(scheme.bits, scheme.group_size, True, squared=True, wide=scheme.wide)
 
     def unfit(self, scheme: Scheme, in_features: int, out_features: int) -> str:
         if in_features % scheme.group_size:
             return _(
                 "in_features {size} is not a multiple of group_size {group}", size=in_features, group=scheme.group_size
             )
-        rows = in_features * scheme.bits // 32
+        rows = _rows_of(in_features, scheme)[-1]
         if rows > MOST_ROWS:
             return _("q_weight would have {rows:,} rows; EXL2 counts at most {most:,}", rows=rows, most=MOST_ROWS)
         return ""
@@ -110,7 +111,7 @@ class EXL2(Format):
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:
         groups, width = in_features // scheme.group_size, -(-out_features // 32) * 32
         return (
-            Part("q_weight", "I32", (in_features * scheme.bits // 32, width)),
+            Part("q_weight", "I32", (int(_rows_of(in_features, scheme)[-1]), width)),
             Part("q_scale", "I32", (groups, width // 8)),
             Part("q_scale_max", "F16", (groups,)),
             Part("q_groups", "I16", (2 * groups,)),
@@ -126,7 +127,9 @@ class EXL2(Format):
             return {name: torch.from_numpy(part).to(codes.device) for name, part in made.items()}
         (n, k), groups = codes.shape, grid.scale.shape[1]
         owner = np.arange(k) // (k // groups) if g_idx is None else g_idx
-        if grid.divisor is None or not (grid.zero == 1 << (scheme.bits - 1)).all() or k % (32 * groups):
+        widths = group_bits(scheme.bits, scheme.wide, groups)
+        middles = np.array([1 << (bits - 1) for bits in widths])
+        if grid.divisor is None or not (grid.zero == middles).all() or k % (32 * groups):
             raise NotQuantizable(_("EXL2: needs symmetric groups of a multiple of 32 columns under squared scales."))
         roots = np.clip(np.rint(np.sqrt(grid.scale / grid.divisor)), 1, 16).astype(np.float32)
         off = int((squared_scale(roots, grid.divisor) != grid.scale).sum())
@@ -139,14 +142,17 @@ class EXL2(Format):
                 )
             )
         short = -n % 32  # rows that the kernels want and the linear has not
-        levels = np.pad(codes, ((0, short), (0, 0)), constant_values=1 << (scheme.bits - 1))
         order = np.argsort(owner, kind="stable")
+        levels = np.vstack([codes, np.broadcast_to(middles[owner], (short, k))]).astype(np.uint8).T[order]
         places = np.empty(k, np.int32)
         places[order] = np.arange(k, dtype=np.int32)
-        rows = k // groups * scheme.bits // 32
-        starts = np.stack([np.full(groups, scheme.bits), np.arange(groups) * rows], 1)
+        starts = np.stack([widths, _rows_of(k, scheme)[:-1]], 1)
+        by_group = np.repeat(widths, k // groups)
+        runs = [np.ascontiguousarray(levels[by_group == bits]) for bits in dict.fromkeys(widths)]
         return {
-            "q_weight": pack_columns(np.ascontiguousarray(levels.T[order]), scheme.bits),
+            "q_weight": np.concatenate(
+                [pack_columns(run, bits) for run, bits in zip(runs, dict.fromkeys(widths), strict=True)]
+            ),
             "q_scale": pack_rows(np.pad(roots - 1, ((0, short), (0, 0))).T.astype(np.uint8), 4),
             "q_scale_max": (grid.divisor * 256).astype(np.float16),
             "q_groups": starts.reshape(-1).astype(np.int16),
@@ -165,7 +171,7 @@ class EXL2(Format):
         self, recipe: Recipe, kept: Iterable[str] = (), widths: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
         """What front ends show; ExLlamaV2 reads the tensors alone. bits: of the linears that no list names."""
-        return {"quant_method": "exl2", "version": LAYOUT, "bits": float(recipe.bits), "head_bits": 16}
+        return {"quant_method": "exl2", "version": LAYOUT, "bits": float(recipe.width), "head_bits": 16}
 
     def weight_name(self, codes: str) -> str:
         return f"{codes.removesuffix('.q_weight')}.weight" if codes.endswith(".q_weight") else codes
@@ -198,6 +204,12 @@ class EXL2(Format):
             packed[row : row + group.channels] = levels * scale
             row += group.channels
         return contiguous(packed[order[: shape[1]] if shape else order].T)
+
+
+def _rows_of(in_features: int, scheme: Scheme) -> Array:
+    """Rows of q_weight before each group, and of all groups."""
+    widths = group_bits(scheme.bits, scheme.wide, in_features // scheme.group_size)
+    return np.cumsum([0, *(scheme.group_size * bits // 32 for bits in widths)])
 
 
 def groups_of(stored: Array, words: int) -> list[Group]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 E2M1, E4M3 = "e2m1", "e4m3"
+NEXT_WIDTH = {2: 3, 3: 4, 4: 5, 5: 6, 6: 8}  # of EXL2, whose kernels have no others
 
 
 class Grid(NamedTuple):
@@ -46,7 +47,7 @@ class GridKind:
     stored. scale_dtype: what a scale is stored in, by safetensors' name. divided: stored scales are divided by one
     float32 of the tensor. squared: a scale is the square of 1..16 times a float16 that all rows of a group share.
     signed: a symmetric group may have a negative scale, which readers multiply by as by any other. tile: (rows,
-    columns) under one scale; () one row's group_size.
+    columns) under one scale; () one row's group_size. wide: percent of the columns in the next width of NEXT_WIDTH.
     """
 
     bits: int
@@ -59,6 +60,7 @@ class GridKind:
     squared: bool = False
     signed: bool = False
     tile: tuple[int, int] | tuple[()] = ()
+    wide: int = 0
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -90,6 +92,12 @@ def contiguous_groups(k: int, group_size: int, device: torch.device | str = "cpu
     import torch
 
     return (torch.arange(k, device=device) // group_width(k, group_size)).to(torch.int32)
+
+
+def group_bits(bits: int, wide: int, groups: int) -> tuple[int, ...]:
+    """The width of each group: of `wide` percent of them, rounded up, the next one."""
+    first = -(-wide * groups // 100)
+    return (NEXT_WIDTH[bits],) * first + (bits,) * (groups - first) if wide else (bits,) * groups
 
 
 def neighbours(k: int, groups: int, like: Array) -> Array:

@@ -69,7 +69,7 @@ def grid_options(recipe: Recipe, divisor: float = 1.0) -> dict[str, Any]:
         "zero_min": kind.zero_min,
         "scale_dtype": scale_of(kind, divisor),
         "signed": kind.signed,
-        **({"squared": True} if kind.squared else {}),
+        **({"squared": True, "wide": kind.wide} if kind.squared else {}),
     }
 
 

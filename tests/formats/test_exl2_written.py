@@ -6,24 +6,31 @@ import torch
 
 from doctor import api
 from doctor.checkpoint.directory import Checkpoint
+from doctor.cli.options import overrides
 from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.recipe import Recipe, Scheme
+from doctor.core.widths import split_width, widths_from
 from doctor.formats.exl2 import broken_groups, groups_of
-from doctor.formats.grid import Grid, squared_scale
+from doctor.formats.grid import Grid, group_bits, squared_scale
 from doctor.formats.registry import KNOWN
 from doctor.formats.schemes import fields_of
 from doctor.lint.testing import tiny
+from doctor.quant.allocation import saved
 from doctor.quant.allocation.budget import Budget
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward.prefetch import load_tensor
-from doctor.quant.solve import gptq
+from doctor.quant.solve import cpu, gptq
 from doctor.quant.solve.grid_search import fit
 from doctor.quant.solve.rtn import round_to_nearest
+from doctor.quant.solve.square import Square
 from doctor.quant.solve.squared_scale import snapped
 from tests.helpers.gguf_models import rows
 
 FORM = KNOWN["exl2"]
 EVERY = pytest.mark.parametrize("bits", FORM.bits)
+
+
+WIDTHS = widths_from(FORM.bits, FORM.wide)
 
 
 def linear(n, k, bits, group, seed=0):
@@ -56,6 +63,31 @@ def test_what_is_packed_reads_back_bit_for_bit(bits, n, group, scattered):
     assert not list(broken_groups(groups)) and {g.bits for g in groups} == {bits}
     assert {p.name: p.shape for p in FORM.parts(128, n, scheme)} == {name: x.shape for name, x in made.items()}
     assert FORM.bytes(128, n, scheme) == sum(x.nbytes for x in made.values())
+
+
+@pytest.mark.parametrize("width", [w for w in WIDTHS if w % 1])
+@pytest.mark.parametrize("n", [40, 64])
+def test_widths_inside_one_matrix_read_back_bit_for_bit(width, n):
+    scheme, groups = Scheme(group_size=32, **split_width(width)), 8
+    widths = np.array(group_bits(scheme.bits, scheme.wide, groups))
+    _, grid = linear(n, 256, scheme.bits, 32)
+    grid = grid._replace(zero=np.tile(1 << (widths - 1), (n, 1)).astype(np.int32))
+    rng = np.random.default_rng(2)
+    owner = rng.permutation(np.arange(256) // 32)
+    codes = (rng.integers(0, 256, (n, 256)) % (1 << widths[owner])).astype(np.uint8)
+    made = FORM.pack(codes, grid, owner.astype(np.int32), scheme)
+    read = FORM.unpack(made, scheme, (n, 256))
+    levels = codes.astype(np.float16) - grid.zero[0, owner].astype(np.float16)
+    assert np.array_equal(read, (levels * grid.scale[:, owner].astype(np.float16)).astype(np.float32))
+    found = groups_of(made["q_groups"], len(made["q_weight"]))
+    assert not list(broken_groups(found)) and [g.bits for g in found] == list(widths)
+    assert sum(widths > scheme.bits) == {10: 1, 25: 2}[scheme.wide]
+    assert {p.name: p.shape for p in FORM.parts(256, n, scheme)} == {name: x.shape for name, x in made.items()}
+    # ExLlamaV2's own count: codes, then 16 + 32 bits and 4 an output for each group, then 32 an input
+    padded = -(-n // 32) * 32
+    assert 8 * FORM.bytes(256, n, scheme) == int(sum(widths)) * 32 * padded + groups * (48 + 4 * padded) + 32 * 256
+    with pytest.raises(NotQuantizable, match="needs symmetric groups"):
+        FORM.pack(codes, grid, owner.astype(np.int32), Scheme(scheme.bits, 32))
 
 
 def test_torch_and_numpy_pack_the_same_bytes():
@@ -113,6 +145,33 @@ def test_gptq_halves_the_loss_of_rounding_on_these_scales(bits):
     assert float((E @ H * E).sum() / (W @ H * W).sum()) == pytest.approx(solved.loss, rel=0.03, abs=2e-6)
 
 
+@pytest.mark.parametrize("way", ["native", "torch", "hosted"])
+def test_wide_groups_hold_the_largest_inputs_and_lower_the_loss(way, monkeypatch):
+    if way != "native":
+        monkeypatch.setattr(cpu, "native_loops", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(96, 256, generator=generator) * 0.02
+    X = torch.randn(512, 256, generator=generator) * torch.linspace(0.2, 3, 256)[torch.randperm(256)]
+    H = 2 * X.T @ X / len(X)
+    losses = {}
+    for width in (4, 4.1, 4.25, 5):
+        scheme = Scheme(group_size=32, **split_width(width))
+        options = {"bits": scheme.bits, "wide": scheme.wide, "group_size": 32, "squared": True}
+        held = Square(H.clone(), computes=torch.device("cpu")) if way == "hosted" else H
+        solved, plain = gptq.solve(W, held, **options), round_to_nearest(W, H, **options)
+        assert solved.outcome == "gptq" and solved.loss < 0.95 * plain.loss
+        losses[width] = solved.loss
+        for each in (solved, plain):
+            read = FORM.unpack(FORM.pack(each.codes, each.grid, each.g_idx, scheme), scheme, (96, 256))
+            E = W - read
+            assert float((E @ H * E).sum() / (W @ H * W).sum()) == pytest.approx(each.loss, rel=0.03, abs=2e-6)
+            if scheme.wide:
+                widths = torch.tensor(group_bits(scheme.bits, scheme.wide, 8))[each.g_idx.long()]
+                assert H.diagonal()[widths == 5].min() >= H.diagonal()[widths == 4].max()
+                assert int(each.codes[:, widths == 4].max()) == 15 < int(each.codes[:, widths == 5].max())
+    assert losses[4] > 1.1 * losses[4.1] and losses[4.1] > losses[4.25] > losses[5]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """(source, output) of a Qwen 2, whose q, k and v have biases, in EXL2."""
@@ -146,9 +205,34 @@ def test_check_finds_nothing_in_an_output(written):
     assert report.ok and not [f.code for f in report.findings if f.severity in ("error", "warning")]
 
 
+def widths_in(stored):
+    """Widths of the groups of every linear."""
+    return {
+        name: [g.bits for g in groups_of(stored.load(name), stored.tensors[f"{name[:-9]}.q_weight"].shape[0])]
+        for name in stored.tensors
+        if name.endswith(".q_groups")
+    }
+
+
+def test_single_linears_get_widths_inside_one_matrix(tmp_path):
+    source = tiny("llama").write(tmp_path / "m")
+    named = overrides(["down_proj:bits=3.25", "o_proj=6.1"])
+    recipe = Recipe(**fields_of("EXL2", {"group_size": 32}), bits_for=named)
+    result = api.quantize(source, tmp_path / "out", recipe, calibration=rows(tmp_path), ignore=["Q"], tune="off")
+    assert result.output, [f.message for f in result.report.findings]
+    for name, widths in widths_in(Checkpoint.open(result.output)).items():
+        want = {"down_proj": (4, 3), "o_proj": (8, 6)}.get(name.split(".")[-2], (4,))
+        assert tuple(dict.fromkeys(widths)) == want, name
+    assert not [f.code for f in api.check(result.output).findings if f.severity in ("error", "warning")]
+    with pytest.raises(DoctorError, match=r"PATTERN=BITS with 2, 2\.1, 2\.25, 3"):
+        Recipe(format="exl2", bits_for=("down_proj=4.5",))
+    with pytest.raises(DoctorError, match="PATTERN=BITS with 2, 3, 4 or 8"):
+        Recipe(format="gptq", bits_for=("down_proj=4.1",))
+
+
 def test_bits_under_a_budget_are_written(tmp_path):
     source = tiny("llama").write(tmp_path / "m")
-    recipe = Recipe(**fields_of("EXL2", {"group_size": 32}))
+    recipe, budget = Recipe(**fields_of("EXL2", {"group_size": 32})), Budget(6.2, None, (), tmp_path / "measured.json")
     result = api.quantize(
         source,
         tmp_path / "out",
@@ -156,16 +240,19 @@ def test_bits_under_a_budget_are_written(tmp_path):
         calibration=rows(tmp_path),
         ignore=["Q"],
         tune="off",
-        budget=Budget(6.2, None, (), None),
+        budget=budget,
     )
     assert result.output, [f.message for f in result.report.findings]
     stored = Checkpoint.open(result.output)
-    widths = {
-        groups_of(stored.load(name), stored.tensors[f"{name.removesuffix('.q_groups')}.q_weight"].shape[0])[0].bits
-        for name in stored.tensors
-        if name.endswith(".q_groups")
-    }
-    assert widths <= set(FORM.bits)
+    linears = widths_in(stored)
+    assert set().union(*linears.values()) <= set(FORM.bits)
+    assert any(len(set(widths)) == 2 for widths in linears.values())  # a recipe of two widths was worth its bits
+    said = result.report.extra["allocation"]
+    assert any(width % 1 for width in said["linears"]) and said["bpw"] <= 6.2
+    hurts = saved.read(tmp_path / "measured.json", {})
+    assert all(set(found) == {w for w in WIDTHS if w >= 3} for found in hurts.values())
+    hurt = {width: sum(found[width] for found in hurts.values()) for width in WIDTHS if width >= 3}
+    assert hurt[4] > hurt[4.1] >= hurt[4.25] > hurt[5]
     linears = [i for n, i in stored.tensors.items() if n.rpartition(".")[2] in FORM.part_names]
     weights = sum(i.numel for n, i in Checkpoint.open(source).tensors.items() if n.endswith("_proj.weight"))
     assert 8 * sum(i.nbytes for i in linears) <= 6.2 * weights

@@ -20,9 +20,11 @@ from doctor.core.messages import _
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a unit. size: bits of everything it stores. hurt: predicted KL in nats a token."""
+    """One way to store a unit. width: as Recipe.width has it. size: bits of everything it stores. hurt: predicted KL in
+    nats a token.
+    """
 
-    bits: int
+    width: float
     size: int
     hurt: float
 

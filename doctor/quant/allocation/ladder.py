@@ -13,6 +13,7 @@ from doctor.core.errors import DoctorError, NotQuantizable
 from doctor.core.facts import Unavailable
 from doctor.core.messages import _, listed
 from doctor.core.recipe import Recipe, is_kept, unfit
+from doctor.core.widths import widths_from
 from doctor.formats.gguf import blocks_of
 from doctor.formats.registry import format_of
 from doctor.model.fused_experts import unfuse
@@ -41,7 +42,7 @@ class Ladder:
     units: Mapping[Unit, tuple[Linear, ...]]
     recipe: Recipe
     uniform: Recipe
-    widths: tuple[int, ...]
+    widths: tuple[float, ...]
     weights: int
     bits: int
 
@@ -52,13 +53,13 @@ class Ladder:
         named = [(linears, self.widths[at % len(self.widths)]) for at, linears in enumerate(units)]
         return mixture(self.uniform, named)
 
-    def size_of(self, unit: Unit, bits: int) -> int:
+    def size_of(self, unit: Unit, width: float) -> int:
         """Bits of everything that a unit stores at this width."""
-        return _size(self.units[unit], replace(self.recipe, bits=bits, bits_for=()))
+        return _size(self.units[unit], self.recipe.of_width(width))
 
     def recipe_of(self, chosen: Chosen) -> Recipe:
         """The recipe of a choice."""
-        return mixture(self.recipe, [(self.units[unit], option.bits) for unit, option in chosen.items()])
+        return mixture(self.recipe, [(self.units[unit], option.width) for unit, option in chosen.items()])
 
     @property
     def uniform_name(self) -> str:
@@ -97,11 +98,11 @@ def ladder(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, asked: Budge
     widths = _widths(recipe, asked)
     units = _units(linears, recipe)
     weights = sum(x.in_features * x.out_features for x in linears)
-    least, most = (_size(linears, replace(recipe, bits=bits)) for bits in (widths[0], widths[-1]))
+    least, most = (_size(linears, recipe.of_width(width)) for width in (widths[0], widths[-1]))
     if asked.bpw is not None:
         bits = int((asked.bpw + _PRINTED) * weights)
     else:
-        whole = 8 * memory.needs(checkpoint, spec, replace(recipe, bits=widths[0]), 0, 0).output
+        whole = 8 * memory.needs(checkpoint, spec, recipe.of_width(widths[0]), 0, 0).output
         bits = 8 * (asked.size or 0) - (whole - least)
     if not bits >= least:
         raise _too_small(asked, bits, least, most, weights)
@@ -135,11 +136,12 @@ def _too_small(asked: Budget, bits: int, least: int, most: int, weights: int) ->
     return DoctorError(what, _("Raise it, take larger groups, or allow smaller schemes with --schemes."))
 
 
-def _widths(recipe: Recipe, asked: Budget) -> tuple[int, ...]:
+def _widths(recipe: Recipe, asked: Budget) -> tuple[float, ...]:
     """The widths to choose from, rising. Raises DoctorError where there are not two."""
     form = format_of(recipe)
-    found = [b for b in asked.widths or form.bits if asked.widths or b >= LEAST_BITS]
-    strange = [b for b in found if b not in form.bits]
+    known = widths_from(form.bits, form.wide)
+    found = [b for b in asked.widths or known if asked.widths or b >= LEAST_BITS]
+    strange = [b for b in found if b not in known]
     if strange:
         raise DoctorError(
             _(
@@ -149,7 +151,7 @@ def _widths(recipe: Recipe, asked: Budget) -> tuple[int, ...]:
                 known=", ".join(map(str, form.bits)),
             )
         )
-    served = [b for b in found if _read(recipe, b, recipe.group_size)]
+    served = [b for b in found if _read(recipe, int(b), recipe.group_size)]
     if len(set(served)) < 2:
         raise DoctorError(
             _(
@@ -170,21 +172,21 @@ def _read(recipe: Recipe, bits: int, group_size: int) -> bool:
     return bool(reads(entries, recipe.output_format, bits, group_size, bool(recipe.sym)))
 
 
-def _uniform(recipe: Recipe, spec: ModelSpec, linears: list[Linear], widths: tuple[int, ...], bits: int) -> Recipe:
+def _uniform(recipe: Recipe, spec: ModelSpec, linears: list[Linear], widths: tuple[float, ...], bits: int) -> Recipe:
     """The recipe of one width, and then of the finest groups, that the budget holds; of GGUF the largest of llama.cpp's
     own mixtures and types.
     """
     if format_of(recipe).in_blocks:
-        plain = [replace(recipe, bits=width) for width in widths]
+        plain = [recipe.of_width(width) for width in widths]
         sizes = [(_size(linears, other), other) for one in plain for other in (one, with_mixture(one, spec))]
         return max((pair for pair in sizes if pair[0] <= bits), key=lambda pair: pair[0])[1]
     finer = [g for g in _GROUPS if recipe.group_size == -1 or g < recipe.group_size]
     groups = [recipe.group_size, *(g for g in finer if not any(x.in_features % g for x in linears))]
     found = [
-        replace(recipe, bits=width, group_size=group)
+        replace(recipe.of_width(width), group_size=group)
         for width in reversed(widths)
         for group in reversed(groups)
-        if _read(recipe, width, group)
+        if _read(recipe, int(width), group)
     ]
     return next(other for other in found if _size(linears, other) <= bits)
 
@@ -208,24 +210,24 @@ def _units(linears: Iterable[Linear], recipe: Recipe) -> dict[Unit, tuple[Linear
     return {tuple(x.name for x in unit): tuple(unit) for unit in found.values()}
 
 
-def mixture(recipe: Recipe, named: Iterable[tuple[Iterable[Linear], int]]) -> Recipe:
+def mixture(recipe: Recipe, named: Iterable[tuple[Iterable[Linear], float]]) -> Recipe:
     """The recipe that gives these linears these widths: that of most weights, and patterns for the others."""
-    pairs = [(x, bits) for linears, bits in named for x in linears]
-    weights: Counter[int] = Counter()
-    for x, bits in pairs:
-        weights[bits] += x.in_features * x.out_features
-    common = max(weights, key=lambda bits: (weights[bits], -bits))
-    own: dict[tuple[str, str, int], list[int]] = {}
-    for x, bits in pairs:
-        if bits != common and x.block is not None:
+    pairs = [(x, width) for linears, width in named for x in linears]
+    weights: Counter[float] = Counter()
+    for x, width in pairs:
+        weights[width] += x.in_features * x.out_features
+    common = max(weights, key=lambda width: (weights[width], -width))
+    own: dict[tuple[str, str, float], list[int]] = {}
+    for x, width in pairs:
+        if width != common and x.block is not None:
             before, _dot, after = x.name.partition(f".{x.block}.")
             if x.expert is not None:
                 after = after.replace(f".{x.expert}.", ".*.", 1)
-            layers = own.setdefault((before, after, bits), [])
+            layers = own.setdefault((before, after, width), [])
             if x.block not in layers:
                 layers.append(x.block)
-    patterns = tuple(f"{before}.{_choice(layers)}.{after}={bits}" for (before, after, bits), layers in own.items())
-    return replace(recipe, bits=common, bits_for=patterns)
+    patterns = tuple(f"{before}.{_choice(layers)}.{after}={width}" for (before, after, width), layers in own.items())
+    return replace(recipe.of_width(common), bits_for=patterns)
 
 
 def _choice(layers: list[int]) -> str:

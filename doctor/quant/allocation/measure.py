@@ -13,7 +13,6 @@ run's error there costs times that ratio, in nats a token.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
@@ -28,12 +27,12 @@ from doctor.quant.setup import Solved
 from doctor.quant.solve import ggml
 from doctor.quant.solve.gptq import pivots_of
 from doctor.quant.solve.grid import GridParams, dequantize, quantize
-from doctor.quant.solve.grid_search import fit_with
+from doctor.quant.solve.grid_search import fit_owned, owners
 
-Hurts = dict[int, float]  # bits -> predicted KL in nats a token
+Hurts = dict[float, float]  # width -> predicted KL in nats a token
 
 
-Shares = dict[int, torch.Tensor]  # bits -> error of each output in shares of the run's own, f32[out_features]
+Shares = dict[float, torch.Tensor]  # width -> error of each output in shares of the run's own, f32[out_features]
 
 
 class WidthSurvey:
@@ -41,7 +40,7 @@ class WidthSurvey:
     by the name of a linear, {} for one whose are not known: no row reached it, or its Hessian has no factor.
     """
 
-    def __init__(self, solved: Recipe, recipe: Recipe, widths: Iterable[int]):
+    def __init__(self, solved: Recipe, recipe: Recipe, widths: Iterable[float]):
         self._solved, self._recipe, self._widths = solved, recipe, tuple(widths)
         self._pivots: tuple[LayerInput | None, torch.Tensor | None] = (None, None)  # of the last input
         self.shares: dict[str, Shares] = {}
@@ -54,16 +53,19 @@ class WidthSurvey:
         if pivots is None:
             return
         W = W.to(torch.float32)
-        own = _rounded(W, self._solved.for_linear(linear.name), pivots)
-        for bits in self._widths:
-            e = _rounded(W, replace(self._recipe, bits=bits, bits_for=()), pivots)
+        size = given.H.diagonal()
+        own = _rounded(W, self._solved.for_linear(linear.name), pivots, size)
+        for width in self._widths:
+            e = _rounded(W, self._recipe.of_width(width), pivots, size)
             share = torch.where(own > 0, e / own, 0.0)  # a row of zeros has nothing to lose
-            self.shares[linear.name][bits] = share.to("cpu", torch.float32)
+            self.shares[linear.name][width] = share.to("cpu", torch.float32)
 
     def hurts(self, harms: Harms) -> dict[str, Hurts]:
         """By the name of a linear. harms: what the errors of the run's output cost."""
         return {
-            name: {bits: float((share * harms[name]).sum()) for bits, share in shares.items()} if name in harms else {}
+            name: {width: float((share * harms[name]).sum()) for width, share in shares.items()}
+            if name in harms
+            else {}
             for name, shares in self.shares.items()
         }
 
@@ -77,14 +79,16 @@ class WidthSurvey:
         return pivots
 
 
-def _rounded(W: torch.Tensor, recipe: Recipe, pivots: torch.Tensor) -> torch.Tensor:
-    """sum_j D_j (W - Q)_j^2 of each row, f64[n], for plain rounding on the recipe's grid."""
+def _rounded(W: torch.Tensor, recipe: Recipe, pivots: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """sum_j D_j (W - Q)_j^2 of each row, f64[n], for plain rounding on the recipe's grid. size f32[k]: diag(H)."""
     if format_of(recipe).in_blocks:
         kind = blocks_of(recipe).type_of(recipe.bits, W.shape[1])
         E = W - ggml.rounded_values(W, kind, pivots)
         return (E.square() @ pivots).to(torch.float64)
     options = grid_options(recipe)
     params = GridParams(mse=recipe.mse, **options)
-    grid = fit_with(params, W, pivots)
-    E = W - dequantize(quantize(W, grid, params.bits, scale_dtype=params.scale_dtype), grid)
+    g_idx = owners(params, size)
+    grid = fit_owned(params, W, pivots, g_idx)
+    index = g_idx if params.wide else None  # of neighbours
+    E = W - dequantize(quantize(W, grid, params.code_bits, index, params.scale_dtype), grid, index)
     return (E.square() @ pivots).to(torch.float64)

@@ -77,10 +77,11 @@ def quantize_mixed(asked: Asked, calibrated: Calibrated, mixing: Mixing, check: 
     recipe = replace(calibrated.checked.recipe, bits_for=())
     steps = replace(
         steps,
-        recipe=replace(recipe, bits=steps.recipe.bits, group_size=steps.recipe.group_size),
+        recipe=replace(recipe, bits=steps.recipe.bits, wide=steps.recipe.wide, group_size=steps.recipe.group_size),
         uniform=replace(
             recipe,
             bits=steps.uniform.bits,
+            wide=steps.uniform.wide,
             group_size=steps.uniform.group_size,
             bits_for=steps.uniform.bits_for,
         ),
@@ -138,9 +139,9 @@ def held_back(calibrated: Calibrated) -> tuple[Calibrated, list[list[int]]]:
     return replace(calibrated, rows=left, facts=facts), [rows[i] for i in sorted(places)]
 
 
-def _measured(steps: Ladder) -> tuple[int, ...]:
+def _measured(steps: Ladder) -> tuple[float, ...]:
     """Widths to measure: those that may be chosen, and the uniform one."""
-    return tuple(sorted({*steps.widths, steps.uniform.bits}))
+    return tuple(sorted({*steps.widths, steps.uniform.width}))
 
 
 def _slopes(asked: Asked, calibrated: Calibrated) -> tuple[Sensitivity, list[torch.Tensor]]:
@@ -187,10 +188,10 @@ def _options(steps: Ladder, found: Mapping[str, Hurts]) -> dict[Unit, list[Optio
     options = {}
     for unit in steps.units:
         hurts = [found.get(name, {}) for name in unit]
-        known = all(bits in each for each in hurts for bits in steps.widths)
+        known = all(width in each for each in hurts for width in steps.widths)
         options[unit] = [
-            Option(bits, steps.size_of(unit, bits), sum(each[bits] for each in hurts) if known else 0.0)
-            for bits in (steps.widths if known else (steps.uniform.bits,))
+            Option(width, steps.size_of(unit, width), sum(each[width] for each in hurts) if known else 0.0)
+            for width in (steps.widths if known else (steps.uniform.width,))
         ]
     return options
 
@@ -208,11 +209,11 @@ def _mixture_line(steps: Ladder, chosen: Chosen) -> str:
     )
 
 
-def _counts(chosen: Chosen) -> dict[int, int]:
-    """Bits -> linears."""
-    counts: Counter[int] = Counter()
+def _counts(chosen: Chosen) -> dict[float, int]:
+    """Width -> linears."""
+    counts: Counter[float] = Counter()
     for unit, option in chosen.items():
-        counts[option.bits] += len(unit)
+        counts[option.width] += len(unit)
     return dict(sorted(counts.items()))
 
 

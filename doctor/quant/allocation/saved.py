@@ -59,7 +59,7 @@ def read(path: Path, stated: Mapping[str, Any]) -> dict[str, Hurts]:
             raise ValueError
         value = json.loads(path.read_text(encoding="utf-8"))
         found = {
-            str(name): {int(bits): float(hurt) for bits, hurt in hurts.items()}
+            str(name): {width_in(bits): float(hurt) for bits, hurt in hurts.items()}
             for name, hurts in value["linears"].items()
         }
         if not all(math.isfinite(hurt) and hurt >= 0 for hurts in found.values() for hurt in hurts.values()):
@@ -82,6 +82,11 @@ def read(path: Path, stated: Mapping[str, Any]) -> dict[str, Hurts]:
                 _("A measurement holds for one checkpoint and one recipe: name another file."),
             )
     return found
+
+
+def width_in(text: str) -> float:
+    """A width as files and patterns hold it."""
+    return float(text) if "." in text else int(text)
 
 
 def _short(value: Any) -> str:

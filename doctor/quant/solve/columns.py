@@ -33,7 +33,7 @@ def round_columns(
     on weights that carry every correction so far; then groups must be runs of `width`, and cost f32[k] is in order.
     e H e^T of the damped H, the sum of (error / U_jj)^2, is added to loss f64[n].
     """
-    if T.is_cuda and cuda.available(T.device) is None and not params.floats:
+    if T.is_cuda and cuda.available(T.device) is None and not (params.floats or params.wide):
         return cuda.round_columns(T, U, params, groups, static, cost, width, loss)
     k, n = T.shape
     owner = groups.tolist()
@@ -55,7 +55,7 @@ def round_columns(
                 scale[owner[first]], zero[owner[first]] = fitted.scale[:, 0], fitted.zero[:, 0].to(torch.float32)
             for j in range(first, last):
                 step, middle = scale[owner[j]], zero[owner[j]]
-                code = nearest(T[j] / step, middle, params.bits, params.scale_dtype)
+                code = nearest(T[j] / step, middle, params.code_bits, params.scale_dtype)
                 codes[j] = code
                 error = torch.sub(T[j], code.sub_(middle).mul_(step), out=errors[j - begin])
                 error /= U[j, j]

@@ -45,13 +45,12 @@ from doctor.quant.solve.grid import (
     Grid,
     GridParams,
     ScaleKind,
-    contiguous_groups,
     dequantize,
     group_width,
     require_finite,
     store_scale,
 )
-from doctor.quant.solve.grid_search import fit_with, native_params_of
+from doctor.quant.solve.grid_search import fit_owned, fit_with, native_params_of, owners
 from doctor.quant.solve.hosted import solve_hosted
 from doctor.quant.solve.losses import SAMPLE, SAMPLE_WEIGHTS, energies, loss_shares
 from doctor.quant.solve.numerics import exact_products, live_mean, row_chunks
@@ -79,19 +78,20 @@ def solve(
     zero_min: int = 1,
     scale_dtype: ScaleKind = torch.float16,
     squared: bool = False,
+    wide: int = 0,
 ) -> Solution:
     """Codes, grid and losses of W[n, k], any float dtype, under H[k, k] = 2/n X^T X, both on one device. On a CPU a
     Square keeps its factor for the next linear that reads the same input; a matrix is copied.
 
     mse, signed, zero_min, scale_dtype: as in grid.fit. scattered: groups follow the act-order (desc_act). refine:
     passes of coordinate descent and scale refit after the loop. squared: scales as EXL2 stores them (squared_scale.py),
-    fixed before the loop and kept. damp, damp_max: shares of mean diag(H) over live
-    columns.
+    fixed before the loop and kept; wide: percent of the columns in the next width. damp, damp_max: shares of mean
+    diag(H) over live columns.
 
     Where no factor exists up to damp_max, or no column was ever active, the result is RTN with outcome "rtn".
     Raises NotQuantizable for non-finite W or H: no damping and no order of columns helps there.
     """
-    params = GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype, squared)
+    params = GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype, squared, wide)
     width = group_width(W.shape[1], group_size)
     require_finite(W)
     require_hessian(W, H)
@@ -192,12 +192,14 @@ def _solve_natively(
     extra = torch.where(H.diagonal() <= 0, mean, 0.0).add_(attempts[-1].damp * mean)
     cost = torch.empty(k)
     cost[order.steps] = H.pivots().square()
-    g_idx = contiguous_groups(k, params.group_size)
+    g_idx = owners(params, H.diagonal())
     if not order.fixed and order.moved is not None:
         g_idx = g_idx[torch.argsort(order.steps)]
     eigen = attempts[-1].precision == "eigen"  # then sums of the loops are of another matrix
     codes, grids, losses = torch.empty(W.shape, dtype=torch.uint8), list[Grid](), list[torch.Tensor]()
-    shared = fit_with(params, W, cost) if params.squared else None  # of all rows, which share a part of the scales
+    shared = (
+        fit_owned(params, W, cost, g_idx) if params.squared else None
+    )  # of all rows, which share a part of the scales
     for rows in row_chunks(W.shape, LOOP_BYTES):
         part = W[rows].to(torch.float32).contiguous()
         own = None if shared is None else shared._replace(scale=shared.scale[rows], zero=shared.zero[rows])
@@ -287,11 +289,13 @@ def _solve_in_torch(
     cost = torch.empty_like(U[0])
     cost[order.steps] = U.diagonal() ** -2
     U, cost = U.to(torch.float32), cost.to(torch.float32)
-    g_idx = contiguous_groups(len(H), params.group_size, W.device)
+    g_idx = owners(params, H.diagonal())
     T = W[:, order.steps].T.contiguous()
     lost = torch.zeros(len(W), dtype=torch.float64, device=W.device)
     if order.fixed:
-        codes, grid = round_columns(T, U, params, g_idx[order.steps], fit_with(params, W, cost), loss=lost)
+        fitted = fit_owned(params, W, cost, g_idx)
+        codes, grid = round_columns(T, U, params, g_idx[order.steps], fitted, loss=lost)
+        grid = grid._replace(divisor=fitted.divisor)  # which no kernel is given
     else:
         codes, grid = round_columns(T, U, params, g_idx, None, cost[order.steps], width, lost)
         g_idx = g_idx[torch.argsort(order.steps)]

@@ -77,6 +77,12 @@ class GridParams:
     zero_min: int
     scale_dtype: ScaleKind
     squared: bool = False
+    wide: int = 0
+
+    @property
+    def code_bits(self) -> int | None:
+        """bits; None where groups differ in them."""
+        return None if self.wide else self.bits
 
     @property
     def floats(self) -> bool:
@@ -104,7 +110,7 @@ def require_finite(W: torch.Tensor) -> None:
 def quantize(
     W: torch.Tensor,
     grid: Grid,
-    bits: int,
+    bits: int | None,
     g_idx: torch.Tensor | None = None,
     scale_dtype: ScaleKind = torch.float16,
 ) -> torch.Tensor:
@@ -116,11 +122,14 @@ def quantize(
     return nearest(W.to(torch.float32) / scale, zero, bits, scale_dtype).to(torch.uint8)
 
 
-def nearest(x: torch.Tensor, zero: torch.Tensor, bits: int, scale_dtype: ScaleKind) -> torch.Tensor:
+def nearest(x: torch.Tensor, zero: torch.Tensor, bits: int | None, scale_dtype: ScaleKind) -> torch.Tensor:
     """Codes as f32 of x f32 = w / scale, which is overwritten.
 
     Of 4-bit floats x is in halves: steps of 1 below 4, of 2 below 8, of 4 up to 12. Ties go to the even code.
+    bits None: of symmetric groups of several widths, where a zero point says its own.
     """
+    if bits is None:
+        return torch.minimum(x.round_().add_(zero).clamp_(min=0), 2 * zero - 1, out=x)
     if not isinstance(scale_dtype, FloatScale):
         return x.round_().add_(zero).clamp_(0, 2**bits - 1)
     size = x.abs()

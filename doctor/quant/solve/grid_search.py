@@ -6,10 +6,14 @@ here, which defines the result. The first that can run on the tensor's device is
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import torch
 
 from doctor.core.errors import NotQuantizable
 from doctor.core.messages import _
+from doctor.formats.grid import contiguous_groups, group_bits
 from doctor.quant.solve import cpu, cuda
 from doctor.quant.solve.float_scale import FloatScale
 from doctor.quant.solve.grid import (
@@ -107,8 +111,10 @@ def fit(
 
 def fit_with(params: GridParams, W: torch.Tensor, weight: torch.Tensor | None, group_size: int | None = None) -> Grid:
     """`fit` of W f32[n, k] with weight f32[k], all rows of a linear where scales are squared; group_size replaces the
-    one of params.
+    one of params. Groups of several widths stand in order, the wide ones first.
     """
+    if params.wide:
+        return _fit_runs(params, W, weight)
     found = fit(
         W,
         params.bits,
@@ -123,9 +129,40 @@ def fit_with(params: GridParams, W: torch.Tensor, weight: torch.Tensor | None, g
     return snapped(found, W, weight, params.bits) if params.squared else found
 
 
+def _fit_runs(params: GridParams, W: torch.Tensor, weight: torch.Tensor | None) -> Grid:
+    """`fit_with` of the groups of each width by themselves."""
+    width = group_width(W.shape[1], params.group_size)
+    runs = Counter(group_bits(params.bits, params.wide, W.shape[1] // width))
+    grids, begin = list[Grid](), 0
+    for bits, count in runs.items():
+        own = slice(begin, begin := begin + count * width)
+        plain = replace(params, bits=bits, wide=0)
+        grids.append(fit_with(plain, W[:, own], None if weight is None else weight[own]))
+    bases = [grid.divisor for grid in grids if grid.divisor is not None]
+    return Grid(
+        torch.cat([grid.scale for grid in grids], 1), torch.cat([grid.zero for grid in grids], 1), "", torch.cat(bases)
+    )
+
+
+def fit_owned(params: GridParams, W: torch.Tensor, weight: torch.Tensor | None, g_idx: torch.Tensor) -> Grid:
+    """`fit_with` where g_idx i32[k] says the group of each column."""
+    if not params.wide:
+        return fit_with(params, W, weight)  # groups of neighbours
+    by_group = torch.argsort(g_idx, stable=True)
+    return fit_with(params, W[:, by_group], None if weight is None else weight[by_group])
+
+
+def owners(params: GridParams, size: torch.Tensor) -> torch.Tensor:
+    """g_idx i32[k]: groups of neighbours; of several widths, of columns by falling size f32[k], so that the wide groups
+    hold the largest.
+    """
+    found = contiguous_groups(len(size), params.group_size, size.device)
+    return found[torch.argsort(torch.argsort(size, descending=True, stable=True))] if params.wide else found
+
+
 def native_params_of(params: GridParams) -> tuple[cpu.NativeGridParams, torch.Tensor]:
     """The parameters as the native loops take them, and the candidate factors f32[ratios + fine] of the search."""
-    return native_grid_params(
+    rule, candidates = native_grid_params(
         params.bits,
         params.sym,
         mse=params.mse,
@@ -133,6 +170,9 @@ def native_params_of(params: GridParams) -> tuple[cpu.NativeGridParams, torch.Te
         zero_min=params.zero_min,
         scale_dtype=params.scale_dtype,
     )
+    if params.wide:
+        rule.top = -1  # each group's zero point says it
+    return rule, candidates
 
 
 def native_grid_params(

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import torch
 
-from doctor.formats.grid import Grid, contiguous_groups, dequantize, group_width
+from doctor.formats.grid import Grid, dequantize, group_width
 from doctor.quant.solve.columns import BLOCK, round_columns
 from doctor.quant.solve.grid import GridParams, largest, store_scale
-from doctor.quant.solve.grid_search import fit_with
+from doctor.quant.solve.grid_search import fit_owned, fit_with, owners
 from doctor.quant.solve.losses import SAMPLE, SAMPLE_WEIGHTS, energies, loss_shares
 from doctor.quant.solve.numerics import row_chunks
 from doctor.quant.solve.refine import descend_block, refit_scales
@@ -51,10 +51,10 @@ def solve_hosted(
     cost = torch.empty(k, device=W.device)
     cost[steps] = H.pivots().square()
     extra = torch.where(H.diagonal() <= 0, mean, 0.0) + attempts[-1].damp * mean
-    g_idx = contiguous_groups(k, params.group_size, W.device)
+    g_idx = owners(params, H.diagonal())
     if not fixed:
         g_idx = g_idx[torch.argsort(steps)]
-    shared = fit_with(params, W.to(torch.float32), cost) if params.squared else None
+    shared = fit_owned(params, W.to(torch.float32), cost, g_idx) if params.squared else None
     codes, grids = torch.empty(W.shape, dtype=torch.uint8, device=W.device), list[Grid]()
     loss = torch.empty(len(W), dtype=torch.float64, device=W.device)
     for rows in row_chunks(W.shape, LOOP_BYTES):
@@ -68,7 +68,7 @@ def solve_hosted(
         codes[rows] = found
         grids.append(grid)
         loss[rows] = energies(part - dequantize(found, grid, g_idx), H).clamp_min(0)
-    grid = Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
+    grid = shared or Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
     shares = loss_shares(W, H, params, cost, loss, max(SAMPLE, SAMPLE_WEIGHTS // k))
     return Solution(codes, grid, g_idx, "gptq", *shares, attempts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from doctor.quant.solve.grid import GridParams, dequantize, quantize
-from doctor.quant.solve.grid_search import fit_with
+from doctor.quant.solve.grid_search import fit_owned, owners
 from doctor.quant.solve.numerics import row_chunks
 from doctor.quant.solve.square import Square
 from doctor.quant.solving_budget import CHUNK_BYTES
@@ -29,14 +29,16 @@ def loss_shares(
     rows are taken after all: which is the less is never a guess. A product with H for all rows would cost as much as
     the loop does.
     """
-    n = len(W)
+    n, g_idx = len(W), owners(params, H.diagonal())
+    index = g_idx if params.wide else None  # of neighbours
     rows = torch.arange(min(n, most), device=W.device)
     rows = rows if n <= most else rows * n // most
     sums = torch.zeros(2, dtype=torch.float64, device=W.device)
     for chunk in row_chunks((len(rows), W.shape[1]), CHUNK_BYTES):
         part = W[rows[chunk]].to(torch.float32)
-        grid = fit_with(params, part, cost)
-        E = part - dequantize(quantize(part, grid, params.bits, scale_dtype=params.scale_dtype), grid)
+        grid = fit_owned(params, part, cost, g_idx)
+        plain = quantize(part, grid, params.code_bits, index, params.scale_dtype)
+        E = part - dequantize(plain, grid, index)
         sums += energies(torch.cat([part, E]), H).view(2, -1).sum(1)
     whole, rounded = sums
     ours = loss[rows].sum()

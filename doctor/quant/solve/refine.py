@@ -156,7 +156,7 @@ def descend_block(
         before = error[first:last].clone()
         for j in range(first, last):
             best = pull[j] / H[j, j] + T[j] - error[j] if live[j] else T[j]
-            chosen[j] = nearest(best / scale[j], zero[j], params.bits, params.scale_dtype)
+            chosen[j] = nearest(best / scale[j], zero[j], params.code_bits, params.scale_dtype)
             moved = T[j] - (chosen[j] - zero[j]) * scale[j] - error[j]
             error[j] += moved
             pull[first:last].addr_(H[first:last, j], moved)

@@ -11,12 +11,11 @@ from doctor.quant.solve.grid import (
     Grid,
     GridParams,
     ScaleKind,
-    contiguous_groups,
     dequantize,
     quantize,
     require_finite,
 )
-from doctor.quant.solve.grid_search import fit_with
+from doctor.quant.solve.grid_search import fit_owned, fit_with, owners
 from doctor.quant.solve.losses import energies, share_of
 from doctor.quant.solve.numerics import live_mean, nonfinite_columns, row_chunks
 from doctor.quant.solve.solution import Solution
@@ -36,13 +35,14 @@ def round_to_nearest(
     zero_min: int = 1,
     scale_dtype: ScaleKind = torch.float16,
     squared: bool = False,
+    wide: int = 0,
 ) -> Solution:
     """RTN of W[n, k]. With H, mse weighs columns by its diagonal and the losses are known; without, they are NaN."""
     require_finite(W)
     if H is not None:
         require_hessian(W, H)
         H = H.to(W.device, torch.float32)
-    return rounded(W, H, GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype, squared), ())
+    return rounded(W, H, GridParams(bits, group_size, sym, mse, signed, zero_min, scale_dtype, squared, wide), ())
 
 
 def rounded(
@@ -54,7 +54,9 @@ def rounded(
         cost = torch.where(H.diagonal() > 0, H.diagonal(), torch.full_like(H.diagonal(), mean))
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     grids: list[Grid] = []
-    shared = fit_with(params, W.to(torch.float32), cost) if params.squared else None
+    g_idx = owners(params, _column_sizes(W) if cost is None else cost)
+    index = g_idx if params.wide else None  # of neighbours
+    shared = fit_owned(params, W.to(torch.float32), cost, g_idx) if params.squared else None
     sums = torch.zeros(2, dtype=torch.float64, device=W.device)  # of the errors' energy, and of the weights'
     for rows in row_chunks(W.shape, CHUNK_BYTES):
         part = W[rows].to(torch.float32)
@@ -63,8 +65,8 @@ def rounded(
             if shared is not None
             else fit_with(params, part, cost)
         )
-        codes[rows] = quantize(part, grid, params.bits, scale_dtype=params.scale_dtype)
-        E = part - dequantize(codes[rows], grid)
+        codes[rows] = quantize(part, grid, params.code_bits, index, params.scale_dtype)
+        E = part - dequantize(codes[rows], grid, index)
         grids.append(grid)
         if H is None:  # rounding by choice, without calibration: the share of W's own energy, which is what H = I gives
             sums += torch.stack([x.double().square().sum() for x in (E, part)])
@@ -72,9 +74,13 @@ def rounded(
             sums += torch.stack([energies(E, H).sum(), energies(part, H).sum()])
     loss = share_of(*sums) if H is None else float(sums[0] / sums[1])
     grid = shared or Grid(torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids]))
-    return Solution(
-        codes, grid, contiguous_groups(W.shape[1], params.group_size, W.device), "rtn", loss, loss, attempts
-    )
+    return Solution(codes, grid, g_idx, "rtn", loss, loss, attempts)
+
+
+def _column_sizes(W: torch.Tensor) -> torch.Tensor:
+    """Sums of squares f32[k], a chunk of rows at a time."""
+    parts = [W[rows].to(torch.float32).square().sum(0) for rows in row_chunks(W.shape, CHUNK_BYTES)]
+    return torch.stack(parts).sum(0)
 
 
 def require_hessian(W: torch.Tensor, H: torch.Tensor | Square) -> None:

@@ -47,7 +47,7 @@ def test_a_choice_keeps_the_budget_and_is_within_one_step_of_the_best(convex):
 
 def test_an_option_that_is_larger_and_no_better_is_on_no_hull():
     options = [Option(2, 20, 1.0), Option(3, 30, 1.0), Option(4, 40, 0.1), Option(6, 60, 0.09), Option(8, 80, 0.0)]
-    assert [o.bits for o in lower_hull(options)] == [2, 4, 8]
+    assert [o.width for o in lower_hull(options)] == [2, 4, 8]
 
 
 def test_a_larger_budget_never_hurts_more():
