@@ -334,8 +334,15 @@ class Trainer:
             )
         self.progress.watched.append((step, value))
         if step:
-            state = _("step {step} of {steps}", step=step, steps=len(self.schedule))
-        self.say(_("tune: {state}, KL {kl:.4f} on rows that are not trained on", state=state or _BY_LAYER, kl=value))
+            line = _(
+                "tune: step {step} of {steps}, KL {kl:.4f} on rows that are not trained on",
+                step=step,
+                steps=len(self.schedule),
+                kl=value,
+            )
+        else:
+            line = _("tune: {state}, KL {kl:.4f} on rows that are not trained on", state=state or _BY_LAYER, kl=value)
+        self.say(line)
         return value
 
     def _compared(self, rows: list[int]) -> int:
