@@ -43,7 +43,7 @@ class BlockScales(Scales):
         heads = torch.cat([head_of(words, kind, at) for at in HEADS[kind.name]], 1).to(device)
         bits = 8 * kind.nbytes // kind.block
         scale = torch.ones_like(heads, dtype=torch.float32)
-        return cls(tensor, scale, None, torch.float16, False, bits, heads=heads, kind=kind)
+        return cls(tensor=tensor, scale=scale, bits=bits, heads=heads, kind=kind)
 
     def weight(self, change: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         of_scale, *of_low = (1 + change).split(self._blocks, 1)

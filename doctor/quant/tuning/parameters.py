@@ -10,6 +10,7 @@ Sources: Chen et al. 2024, EfficientQAT (arXiv 2407.11062) §3.2 for step sizes 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -20,39 +21,63 @@ from doctor.quant.block_change import NewValue
 BOUND = 0.5  # a change stays within ± this
 
 
-@dataclass(frozen=True)
-class Scales:
-    """The scales of one linear, f32[n, G]. group i64[k]: of each column; None where groups are runs of k / G columns.
-    tensor: the name of the stored scales, dtype their type; columns_first: they are stored [G, n]. bits: of a code.
+@dataclass(frozen=True, kw_only=True)
+class Scales(ABC):
+    """What multiplies the codes of one linear. tensor: the name of what is stored; scale f32[n, m]: what changes are
+    relative to; bits: of a code.
 
-    Its codes are not here, because they need not stay in memory: `levels` [n, k], integers, is code less zero point.
+    Its codes are not here, because they need not stay in memory: `levels` are what each subclass says.
     """
 
     tensor: str
     scale: torch.Tensor
+    bits: int
+
+    @abstractmethod
+    def weight(self, change: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """W f32 under scale * (1 + change f32[n, m]), in the module's shape."""
+
+    @abstractmethod
+    def gradient(self, slope: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """The slope f32[n, m] of a change, from the slope of weight() in the module's shape; `slope` is overwritten."""
+
+    @abstractmethod
+    def stored(self, change: torch.Tensor) -> NewValue:
+        """What to write."""
+
+    @abstractmethod
+    def rounded(self, change: torch.Tensor) -> torch.Tensor:
+        """The change f32[n, m] that is left once the scales are rounded to their stored type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupScales(Scales):
+    """One scale for each group of columns, f32[n, G]. group i64[k]: of each column; None where groups are runs of
+    k / G columns. dtype: of the stored scales; columns_first: they are stored [G, n]; transposed: the module holds
+    [k, n].
+
+    levels [n, k], integers: code less zero point.
+    """
+
     group: torch.Tensor | None
     dtype: torch.dtype
     columns_first: bool
-    bits: int
-    transposed: bool = False  # the module holds [k, n]
+    transposed: bool = False
 
     def weight(self, change: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        """W f32[n, k] under scale * (1 + change f32[n, G]); [k, n] where the module holds it so."""
         W = self._spread(self.scale * (1 + change), levels.shape[1]).mul_(levels)
         return W.T.contiguous() if self.transposed else W
 
     def gradient(self, slope: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        """The slope f32[n, G] of a change, from the slope of weight() in the module's shape; `slope` is overwritten."""
         product = (slope.T if self.transposed else slope).mul_(levels)
         return self._gathered(product).mul_(self.scale)
 
-    def stored(self, change: torch.Tensor) -> NewValue:
-        """The scales to write, rounded to their dtype, in their stored shape; of blocks what becomes of their words."""
+    def stored(self, change: torch.Tensor) -> torch.Tensor:
+        """The scales to write, rounded to their dtype, in their stored shape."""
         scale = (self.scale * (1 + change)).to(self.dtype)
         return scale.T.contiguous() if self.columns_first else scale
 
     def rounded(self, change: torch.Tensor) -> torch.Tensor:
-        """The change f32[n, G] that is left once the scales are rounded to their dtype."""
         kept = (self.scale * (1 + change)).to(self.dtype).to(torch.float32)
         return torch.where(self.scale != 0, kept / self.scale - 1, 0.0)
 

@@ -25,7 +25,7 @@ from doctor.quant.dequantize import Dequantized, as_float, to_torch
 from doctor.quant.forward.layer_call import LayerCall
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning.blocks import BlockParts
-from doctor.quant.tuning.parameters import Gain, Scales, Tunable, is_norm, offset_of
+from doctor.quant.tuning.parameters import Gain, GroupScales, Scales, Tunable, is_norm, offset_of
 from doctor.quant.tuning.wanted import LEVEL_BITS, no_scales
 
 SlopeOf = Callable[[int, torch.Tensor], torch.Tensor]
@@ -239,14 +239,14 @@ class Student:
         groups, group = grid.scale.shape[1], g_idx.long()
         plain = bool((group == neighbours(columns, groups, group).long()).all())
         name = next(f"{module}.{part}" for part in form.scale_names if part in parts)
-        scales = Scales(
-            name,
-            grid.scale.to(device, torch.float32),
-            None if plain else group.to(device),
-            parts[name.rpartition(".")[2]].dtype,
-            form.scale_shape(2, 3, 1) == (2, 3),
-            scheme.bits,
-            transposed,
+        scales = GroupScales(
+            tensor=name,
+            scale=grid.scale.to(device, torch.float32),
+            bits=scheme.bits,
+            group=None if plain else group.to(device),
+            dtype=parts[name.rpartition(".")[2]].dtype,
+            columns_first=form.scale_shape(2, 3, 1) == (2, 3),
+            transposed=transposed,
         )
         kind = torch.int8 if scheme.bits < LEVEL_BITS else torch.int16
         return (codes.to(kind) - grid.zero.to(kind)[:, group]).to(device), scales

@@ -20,7 +20,7 @@ from doctor.model.spec import build_spec
 from doctor.quant.forward.prefetch import load_tensor
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.tuning import layerwise, train
-from doctor.quant.tuning.parameters import Gain, Scales
+from doctor.quant.tuning.parameters import Gain, GroupScales, Scales
 from doctor.quant.tuning.student import Student
 from doctor.quant.tuning.train import Ends, last_states
 from doctor.quant.tuning.tune import tuned_values
@@ -73,7 +73,7 @@ def test_slopes_are_those_of_the_divergence(tmp_path, form, bits, sym, act_order
     found = {}
     divergence(found)
     assert found.keys() == student.changes.keys()
-    assert {type(x) for x in student.tunables.values()} == {Scales, Gain}
+    assert {type(x) for x in student.tunables.values()} == {GroupScales, Gain}
     generator = torch.Generator().manual_seed(1)
     for name, slope in found.items():
         way, step = torch.randn(slope.shape, generator=generator), 2e-3
