@@ -99,7 +99,8 @@ def group_index(checkpoint, quantization, packed_words, tensors, recipe):
             ),
             at=Place("", tensor=absent[0] + packed),
             evidence={"absent": len(absent), "present": len(indexed)},
-            severity="warning",
+            # transformers' reader (gptqmodel 7.7) allocates it, and indexes with what memory held
+            severity="error" if recipe.runtime == "transformers" else "warning",
             fix=Fix(_("add g_idx as groups of consecutive columns"), edits),
         )
 

@@ -85,6 +85,14 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec, 
         )
     if recipe.runtime == "vllm" and spec.family in ROUTERS_PACKED and takes is not None:
         yield from _routers(tensors, packed, takes, Place(file, pointer=pointer or None))
+    if takes is not None and (head := _own_head(form, spec, tensors, recipe)) and head not in packed and takes(head):
+        yield finding(
+            _("{head} is stored in 16 bits, but no entry excludes it; transformers takes it as packed", head=head),
+            at=Place(file, pointer=pointer or None),
+            severity="error" if recipe.runtime else "warning",
+            evidence={"head": head, "entries_without_module": [entry.entry for entry in absent][:100]},
+            advice=_("add them to the list, as the format's readers match names"),
+        )
     if plain:
         yield finding(
             plural(
@@ -114,6 +122,14 @@ def exclude_list(checkpoint, quantization_block, tensors, stored_weights, spec, 
             evidence={"entries": [entry.entry for entry in strange][:100]},
             advice=_("make sure that the prefix is the one that the tensors have"),
         )
+
+
+def _own_head(form, spec, tensors, recipe):
+    """The module of a head of its own in 16 bits or more, where a runtime that may be meant packs heads; else ""."""
+    name = spec.head_tensor or ""
+    if spec.tied or name not in tensors or tensors[name].dtype.bits < 16 or not form.packs_heads:
+        return ""
+    return name.removesuffix(".weight") if recipe.runtime in ("", *form.packs_heads) else ""
 
 
 def _routers(tensors, packed, takes, at):

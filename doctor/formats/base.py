@@ -89,6 +89,7 @@ class Format:
     twin = ""  # the format that differs in nothing but zero_offset
     client = "transformers"  # who is asked to load an output; "" where no client of a processor reads the format
     whole_names: tuple[str, ...] = ()  # runtimes that take an entry of the exclude list for a name in full
+    packs_heads: tuple[str, ...] = ()  # runtimes whose reader of this format packs a head that no entry excludes
     at_load = False  # quantization_config asks a loader to quantize plain weights
     plain_backend = ""  # gptqmodel's backend in plain torch: its fast ones are compiled for minutes on first use
     libraries: tuple[str, ...] = ()  # beside torch, that transformers loads it with

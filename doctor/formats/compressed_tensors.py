@@ -90,6 +90,7 @@ class CompressedTensors(Format):
     activations: tuple[str, ...] = ("fp8",)
     kv_caches = ("fp8", "fp8-head")
     separates_gate_and_up = True
+    packs_heads = ("transformers",)
     layout = "pack-quantized"  # what quantization_config calls it
 
     def parts(self, in_features: int, out_features: int, scheme: Scheme) -> tuple[Part, ...]:

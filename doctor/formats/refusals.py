@@ -10,6 +10,7 @@ from doctor.formats.wanted import is_block
 VLLM = "vllm"
 # Releases of vLLM from which a value is refused: the first that was read with the refusal.
 SPARSE, ORDERED = "0.24.0", "0.32.0"
+REORDERED = "5.0.0"  # of transformers, whose compressed-tensors of that time (0.20) removed it
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _MODELOPT = (
     "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION",
@@ -77,7 +78,8 @@ def _of_args(where: str, args: Mapping[str, Any]) -> Iterator[Refused]:
     if strategy == "block" and not is_block(args.get("block_structure")):
         yield Refused(f"{where}/block_structure", _shown(args.get("block_structure")), "two sizes for strategy block")
     if args.get("actorder") in ("group", "dynamic", True):
-        yield Refused(f"{where}/actorder", _shown(args["actorder"]), "static, weight or null", VLLM, ORDERED)
+        for reader, since in ((VLLM, ORDERED), ("transformers", REORDERED)):
+            yield Refused(f"{where}/actorder", _shown(args["actorder"]), "static, weight or null", reader, since)
 
 
 def _of_cache(scheme: Any) -> Iterator[Refused]:

@@ -54,3 +54,27 @@ def test_a_gptq_file_that_calls_itself_awq_is_an_error(case, version, tmp_path):
 def test_a_class_as_target_takes_linears_only_where_they_are_of_it(target, taken, tmp_path):
     found = judged(tiny_packed(targets=[target]), tmp_path)
     assert ("O652" not in found) == taken and (taken or found["O652"] == "error")
+
+
+@pytest.mark.parametrize("runtime, severity", [("transformers", "error"), ("", "warning"), ("vllm", None)])
+def test_a_head_that_no_entry_excludes_is_packed_by_transformers_alone(runtime, severity, tmp_path):
+    case = tiny_packed()
+    case.config["quantization_config"]["ignore"] = ["lm_haed"]
+    assert "lm_head.weight" in case.tensors
+    report = check(case.write(tmp_path), Recipe(goal="serve", runtime=runtime))
+    said = [f.severity for f in report.findings if f.code == "O623" and "lm_head is stored" in f.message]
+    assert said == ([severity] if severity else [])
+
+
+def test_a_missing_group_index_is_an_error_for_transformers(case, tmp_path):
+    del case.tensors[f"{case.packed('down')}.g_idx"], case.dtypes[f"{case.packed('down')}.g_idx"]
+    assert judged(case, tmp_path)["O610"] == "error"
+
+
+def test_an_order_that_compressed_tensors_removed_is_refused_since_transformers_5(tmp_path):
+    case = tiny_packed()
+    case.config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    folder = case.write(tmp_path)
+    for version, refused in (("5.23.0", True), ("4.57.1", False)):
+        report = check(folder, Recipe(goal="serve", runtime="transformers", runtime_version=version))
+        assert ("O651" in {f.code for f in report.findings if f.severity == "error"}) == refused
