@@ -53,7 +53,7 @@ LOST = Fix(_("find out which missing tensor this is; nothing is dropped while th
     certainty="likely",
     implied_by=("C147", "F057", "F058", "F061", "F062", "F064", "C142", "F050", "G330", "O611", "O619", "O620", "O625"),
 )
-def unexpected_tensor(checkpoint, placement, config, misnamed, layout):
+def unexpected_tensor(checkpoint, placement, config, misnamed, layout=None):
     spec = placement.spec
     if spec.family is None:
         return
@@ -91,7 +91,7 @@ def unexpected_tensor(checkpoint, placement, config, misnamed, layout):
 
 def _packed_experts(layout):
     """Weights of experts that a format stores one by one, where the family's own files hold them in one tensor."""
-    if not layout.quantized:
+    if layout is None or not layout.quantized:
         return set()
     return {f"{x.name}.weight" for x in layout.linears if x.expert is not None}
 
