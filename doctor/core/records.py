@@ -260,7 +260,8 @@ class ClientRun:
 
     perplexity: the client's; perplexity_doctor: doctor's of the same files, in float32. apart: mean absolute difference
     of a token's log-probability in nats, apart_p99 its 99th percentile. refused: the client's own error. reason: why
-    the client could not be asked; then nothing is known.
+    the client could not be asked; then nothing is known. rounds: linears round their inputs, in which two ways to
+    compute them differ by noise of their own.
     """
 
     client: str  # name and version
@@ -269,6 +270,7 @@ class ClientRun:
     perplexity_doctor: float = float("nan")
     apart: float = float("nan")
     apart_p99: float = float("nan")
+    rounds: bool = False
     refused: str = ""
     reason: str = ""
 

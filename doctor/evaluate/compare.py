@@ -20,6 +20,7 @@ from doctor.core.records import Comparison
 from doctor.evaluate.fp16_range import Fp16RangeProbe
 from doctor.evaluate.routing import agreement, choices_of, has_experts
 from doctor.evaluate.scores import Tally, longest_run
+from doctor.evaluate.served_inputs import round_inputs
 from doctor.model.same_model import require_same_model
 from doctor.model.spec import build_spec
 from doctor.quant.dequantize import as_float
@@ -42,6 +43,7 @@ class Streamed:
         self.checkpoint = as_float(checkpoint)
         self.spec = build_spec(self.checkpoint.value("config.json") or {}, self.checkpoint.tensors)
         self.skeleton = Skeleton(self.checkpoint, self.spec, device)
+        self.rounded_inputs = round_inputs(checkpoint, self.skeleton)
         self.rows = rows
         self.hidden, self.calls = [], []
         self.chosen: list[torch.Tensor] = []

@@ -22,6 +22,7 @@ from doctor.evaluate.clients.logprobs import CLIENTS, run_client
 from doctor.evaluate.compare import compare
 from doctor.evaluate.inputs import fitting, prompts_of, quiet, text_rows
 from doctor.evaluate.own_measure import compare_own, kind_of
+from doctor.evaluate.served_inputs import rounds_inputs
 from doctor.lint.engine import Report, judge, load_rules, locate
 from doctor.model.quantization_config import stored_recipe
 from doctor.quant.budget import free_memory
@@ -114,7 +115,7 @@ def verify(
         store.put(LOAD_PROOF, proof)
     ran = None
     if client is not None:
-        ran = run_client(client, python, served, ids, logprobs or [])
+        ran = run_client(client, python, served, ids, logprobs or [], rounds=rounds_inputs(second))
         store.put(CLIENT_RUN, ran)
     if device != "cpu":
         store.put(SLOWER_PATHS, tuple(filter(None, [cuda.note(device)])))

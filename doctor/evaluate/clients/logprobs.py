@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,13 +30,14 @@ def run_client(
     rows: list[torch.Tensor],
     own: list[torch.Tensor],
     *,
+    rounds: bool = False,
     seconds: float = SECONDS,
 ) -> ClientRun:
     """Let `client` run the checkpoint in `folder`, for llama.cpp a GGUF file, on rows int64[1, length].
 
     python: the interpreter of an environment that holds the client; None takes doctor's own. own: doctor's
-    log-probabilities f32[length - 1] of the same rows, in nats. What the client says is in the record, never raised.
-    Raises DoctorError for an interpreter that cannot be started.
+    log-probabilities f32[length - 1] of the same rows, in nats. rounds: as ClientRun has it.
+    What the client says is in the record, never raised. Raises DoctorError for an interpreter that cannot be started.
     """
     with tempfile.TemporaryDirectory(prefix="doctor-client-") as place:
         file = Path(place) / "rows.json"
@@ -58,7 +60,7 @@ def run_client(
     except (IndexError, ValueError):
         last = (run.stderr.strip().splitlines() or [""])[-1][:300]
         return ClientRun(client, reason=_("{client} ended without an answer: {error}", client=client, error=last))
-    return _record(answer, own)
+    return replace(_record(answer, own), rounds=rounds)
 
 
 def _record(answer: dict, own: list[torch.Tensor]) -> ClientRun:
