@@ -69,7 +69,7 @@ def parse_family(text: str) -> dict:
 def families_of(architecture: str) -> tuple[tuple[str, str], ...]:
     """(family, model_type) of every family that runs as this class, the class's own first.
 
-    InternLM3 runs as LlamaForCausalLM.
+    InternLM3 and EXAONE 3 run as LlamaForCausalLM.
     """
     found = []
     for name in family_names():
