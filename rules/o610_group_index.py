@@ -31,7 +31,8 @@ def group_index(checkpoint, quantization, packed_words, tensors, recipe):
     scattered = []
     for name, words in packed_words.items():
         scales = tensors.get(f"{name.removesuffix(tail)}.{form.scales}") if name.endswith(tail) else None
-        if scales is None or len(scales.shape) != 2 or not words.count:
+        codes = tensors.get(f"{name.removesuffix(tail)}{packed}")
+        if scales is None or codes is None or len(scales.shape) != 2 or not words.count:
             continue
         groups = scales.shape[0]
         columns, found = _columns(name, tensors, quantization), tensors[name].shape

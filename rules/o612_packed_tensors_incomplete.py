@@ -62,13 +62,14 @@ def packed_tensors_incomplete(checkpoint, quantization, layout, tensors, spec, b
 
 
 def _zeros(quantization, linear, tensors, scales, at):
-    """Zero points in words beside the scales: a group a row, as many bits each as a code has."""
-    form, bits = quantization.format, quantization.bits_of(linear.name)
+    """Zero points in words beside the scales."""
+    form, scheme = quantization.format, quantization.scheme_of(linear.name)
     info = tensors.get(f"{linear.name}.{form.zeros}")
-    if info is None or form.zeros != "qzeros" or quantization.version == "gemv" or not quantization.readable:
+    if info is None or not quantization.readable:
         return
-    expected = (scales[0], scales[1] * bits // 32)
-    if tuple(info.shape) != expected:
+    parts = form.parts(linear.in_features, linear.out_features, scheme)
+    expected = next((part.shape for part in parts if part.name == form.zeros), None)
+    if expected is not None and tuple(info.shape) != expected:
         yield finding(
             _(
                 "{linear} has zero points {zeros}; scales {scales} need {expected}",

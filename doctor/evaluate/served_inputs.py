@@ -3,8 +3,7 @@
 Weights alone would make such a file look better than its users will find it: SmolLM2's inputs hold massive values, and
 in 8-bit integers, a scale a token, they cost ten times what its weights do.
 
-Read from `input_activations` of compressed-tensors' config groups, and from activation_scheme of quant_method fp8; what
-other formats state is not computed.
+Each format says what its configuration states (doctor/formats/input_rounding.py); ModelOpt's is not computed.
 
 Sources: vllm-project/compressed-tensors 0.20 quantization/lifecycle/forward.py and utils/helpers.py
 (calculate_qparams); vllm-project/vllm 0.32 vllm/model_executor/layers/quantization/compressed_tensors, fp8.py.
@@ -22,19 +21,14 @@ from torch import nn
 from torch.nn import functional
 
 from doctor.checkpoint.directory import Checkpoint
-from doctor.formats.compressed_tensors import OTHER_CLASS, weight_groups
-from doctor.formats.exclusions import Exclusion
-from doctor.formats.widths import exactly
+from doctor.formats.input_rounding import MOST, InputsOf
+from doctor.formats.registry import KNOWN
 from doctor.quant.dequantize import quantization, to_torch
 from doctor.quant.forward.skeleton import Skeleton
 from doctor.quant.solve.float_scale import power_of
 
 Reads = Callable[[str], torch.Tensor | None]  # a stored tensor of the linear by its part's name
-MOST = {("int", 8): 127.0, ("float", 8): 448.0, ("float", 4): 6.0}
 POWERS = {448.0: 256.0, 6.0: 4.0}  # the largest power of two among the values of a float
-BLOCK = {"type": "float", "num_bits": 8, "strategy": "group", "group_size": 128, "dynamic": True}
-TOKEN = {"type": "float", "num_bits": 8, "strategy": "token", "dynamic": True}
-TENSOR = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}
 
 
 @dataclass(frozen=True)
@@ -87,8 +81,9 @@ def round_inputs(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
     """Let the linears of a quantized checkpoint's skeleton round their inputs as engines do, where its configuration
     says that they do. Returns how many.
     """
-    args_of = of(quantization(checkpoint) or {})
-    count = 0
+    args_of, count = _stated(checkpoint), 0
+    if args_of is None:
+        return 0
     for i in range(len(skeleton.layers)):
         for name, (_linear, module) in skeleton.modules_of(i).items():
             args = args_of(name)
@@ -100,9 +95,14 @@ def round_inputs(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
 
 def rounds_inputs(checkpoint: Checkpoint) -> bool:
     """Whether a quantized checkpoint's configuration has inputs rounded in a way that is computed here."""
-    stated = quantization(checkpoint) or {}
-    groups = weight_groups(stated)
-    return stated.get("quant_method") == "fp8" or any(_known(group.get("input_activations")) for group in groups)
+    return _stated(checkpoint) is not None
+
+
+def _stated(checkpoint: Checkpoint) -> InputsOf | None:
+    """How its configuration has the inputs of a linear rounded, by the linear's name; None for not at all."""
+    raw = quantization(checkpoint)
+    form = raw and next((f for f in KNOWN.values() if f.claims(raw)), None)
+    return form.inputs_of(raw) if form and raw else None
 
 
 def _hook(rounded: Rounding, _module: nn.Module, inputs: tuple) -> tuple:
@@ -114,46 +114,6 @@ def rounding(args: Mapping[str, Any], read: Reads) -> Rounding:
     if args.get("dynamic") is False:
         return Rounding(args, scale=read("input_scale"))
     return Rounding(args, divisor=read("input_global_scale") if args["strategy"] == "tensor_group" else None)
-
-
-def of(stated: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any] | None]:
-    """How a quantization_config has the inputs of a linear rounded, by the linear's name; None for not at all, and for
-    what is not known here.
-    """
-    if stated.get("quant_method") == "fp8":
-        block = stated.get("weight_block_size")
-        args = TENSOR if stated.get("activation_scheme") == "static" else BLOCK if block else TOKEN
-        return lambda _name: args
-    known = [
-        (t.startswith("re:") or "." in t, _matches(t), _known(group.get("input_activations")))
-        for group in weight_groups(stated)
-        for t in group["targets"]
-    ]
-    known.sort(key=lambda one: not one[0])  # names come before classes of modules
-
-    def args_of(name: str) -> Mapping[str, Any] | None:
-        return next((args for _named, takes, args in known if takes(name)), None)
-
-    return args_of
-
-
-def _matches(target: str) -> Callable[[str], bool]:
-    """Whether a target of a config group takes a linear; a class of modules takes all."""
-    if OTHER_CLASS.match(target) is None:
-        return lambda _name: True
-    return Exclusion.of_pattern(target, "", target[3:] if target.startswith("re:") else exactly(target)).matches
-
-
-def _known(args: Any) -> Mapping[str, Any] | None:
-    """The arguments where they are of a kind that is computed here."""
-    if not isinstance(args, Mapping) or args.get("symmetric") is False:
-        return None
-    kind, bits = args.get("type"), args.get("num_bits")
-    if not isinstance(kind, str) or type(bits) is not int or (kind, bits) not in MOST:
-        return None
-    width, strategy = args.get("group_size"), args.get("strategy")
-    grouped = strategy in ("group", "tensor_group") and type(width) is int and width > 0
-    return args if grouped or strategy in ("token", "tensor") else None
 
 
 def _packed(checkpoint: Checkpoint, name: str) -> bool:

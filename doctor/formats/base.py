@@ -25,6 +25,7 @@ from doctor.formats.arrays import Array
 from doctor.formats.bits import repeated_word
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, GridKind
+from doctor.formats.input_rounding import InputsOf
 from doctor.formats.refusals import Refused
 from doctor.formats.wanted import Sizes, Wanted
 from doctor.formats.widths import Widths
@@ -148,6 +149,10 @@ class Format:
         """[n, k] of a stored linear. load(part) gives a part's values, where shapes do not say it."""
         width, height = self.size(shapes[self.words], bits)
         return height, width
+
+    def inputs_of(self, raw: Mapping[str, Any]) -> InputsOf | None:
+        """How its readers round inputs of linears while they serve; None where they do not, or it is not known."""
+        return None
 
     def scale_shape(self, in_features: int, out_features: int, group: int) -> tuple[int, int]:
         """The shape of the scales of a linear in groups of `group` columns."""
@@ -390,8 +395,5 @@ class Quantization:
     @property
     def needed(self) -> tuple[str, ...]:
         """The parts beside the words that a linear cannot be read without."""
-        return (
-            *self.format.needed,
-            *self.also_needed,
-            *((self.format.index,) if self.desc_act and self.format.order_key else ()),
-        )
+        ordered = (self.format.index,) if self.desc_act and self.format.order_key else ()
+        return (*self.format.needed, *self.also_needed, *ordered)

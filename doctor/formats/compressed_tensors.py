@@ -40,6 +40,7 @@ from doctor.formats.bits import (
 )
 from doctor.formats.exclusions import Exclusion
 from doctor.formats.grid import Grid, dequantize, neighbours, stored_exactly
+from doctor.formats.input_rounding import OTHER_CLASS, InputsOf, of_groups
 from doctor.formats.refusals import Refused, of_compressed_tensors
 from doctor.formats.registry import KNOWN, register
 from doctor.formats.requirements import require_dividing, require_groups, require_shape, whole
@@ -64,9 +65,6 @@ _INPUTS: dict[str, dict[str, Any]] = {
     "mxfp8": {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
     "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
 }
-
-# Targets that are no class of linears by their look: names with dots, patterns, and other classes, as Conv2d.
-OTHER_CLASS = re.compile(r"re:|.*\.|(?!\w*Linear)[A-Z]\w*$")
 
 
 @register
@@ -323,6 +321,9 @@ class CompressedTensors(Format):
         excluded, named = self.excluded(raw), self.targets(raw)
         every = any(OTHER_CLASS.match(entry.entry) is None for entry in named)
         return lambda module: not excluded(module) and (every or any(entry.matches(module) for entry in named))
+
+    def inputs_of(self, raw: Mapping[str, Any]) -> InputsOf | None:
+        return of_groups(weight_groups(raw))
 
     def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:
         return of_compressed_tensors(raw)

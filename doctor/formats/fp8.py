@@ -23,9 +23,11 @@ from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import BadCheckpoint
 from doctor.core.messages import _
 from doctor.core.recipe import Scheme
+from doctor.formats import input_rounding
 from doctor.formats.arrays import Array, cast, counted
 from doctor.formats.base import Format, Part, Parts, Shapes
 from doctor.formats.exclusions import Exclusion, leaves_out
+from doctor.formats.input_rounding import InputsOf
 from doctor.formats.refusals import Refused, of_fp8
 from doctor.formats.registry import register
 from doctor.formats.wanted import FLOATS, MAY, ONE, Sizes, Wanted, is_block, tiles
@@ -87,6 +89,9 @@ class FP8(Format):
     def needed_beside(self, raw: Mapping[str, Any]) -> tuple[str, ...]:
         """Scales of activations that were measured beforehand; which scale of the weight there is, `lacking` sees."""
         return ("input_scale",) if raw.get("activation_scheme") == "static" else ()
+
+    def inputs_of(self, raw: Mapping[str, Any]) -> InputsOf | None:
+        return input_rounding.of_fp8(raw)
 
     def refused(self, raw: Mapping[str, Any]) -> Iterable[Refused]:
         return of_fp8(raw)

@@ -8,8 +8,9 @@ from doctor import api
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.evaluate.compare import Streamed, walk
-from doctor.evaluate.served_inputs import Rounding, of, rounds_inputs
+from doctor.evaluate.served_inputs import Rounding, rounds_inputs
 from doctor.formats.compressed_tensors import _INPUTS
+from doctor.formats.registry import KNOWN
 
 USUAL = {"num_bits": 8, "symmetric": True, "group_size": None, "dynamic": True}
 ROWS = [torch.arange(1, 25)[None] % 90]
@@ -84,7 +85,7 @@ def test_names_come_before_classes_and_what_is_not_known_is_left():
     }
     for group in groups.values():
         group["weights"] = {"num_bits": 8}
-    args_of = of({"quant_method": "compressed-tensors", "config_groups": groups})
+    args_of = KNOWN["compressed-tensors"].inputs_of({"config_groups": groups})
     assert args_of("x.q_proj") == int8 and args_of("x.down_proj") is None and args_of("x.up_proj") is None
-    assert of({"quant_method": "fp8", "weight_block_size": [128, 128]})("x")["group_size"] == 128
-    assert of({"quant_method": "gptq", "bits": 4})("x") is None
+    assert KNOWN["fp8"].inputs_of({"weight_block_size": [128, 128]})("x")["group_size"] == 128
+    assert KNOWN["gptq"].inputs_of({"bits": 4}) is None

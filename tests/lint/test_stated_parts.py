@@ -183,7 +183,8 @@ def no_shape(case):
 def test_a_part_that_is_not_as_stated_is_named_with_what_asks_for_it(maker, change, message, tmp_path):
     case = maker()
     change(case)
-    assert ("error", "O650", message) in said(case, tmp_path)
+    severity = "warning" if " is I64; " in message else "error"  # readers copy words in 64 bits over
+    assert (severity, "O650", message) in said(case, tmp_path)
 
 
 def sparse(kind):

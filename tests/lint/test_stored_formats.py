@@ -313,7 +313,7 @@ def test_healthy_lists_are_silent(tmp_path, name):
     [
         (lambda: fp8(exclude=["lm_head", DOWN]), DOWN, "/modules_to_not_convert/1"),
         (lambda: fp8(exclude=["down_proj"]), "down_proj", "/modules_to_not_convert/0"),
-        (lambda: compressed([r"re:.*down_proj"]), r"re:.*down_proj", "/ignore/0"),
+        (lambda: compressed(["lm_head", r"re:.*down_proj"]), r"re:.*down_proj", "/ignore/1"),
         (lambda: gptq({r"+:x": {}, r"-:.*down_proj$": {}}), r"-:.*down_proj$", "/dynamic/-:.*down_proj$"),
         (lambda: awq(["lm_head", "down_proj"]), "down_proj", "/modules_to_not_convert/1"),
         (lambda: bitsandbytes("nf4", ["lm_head", DOWN]), DOWN, "/llm_int8_skip_modules/1"),

@@ -126,7 +126,7 @@ def test_the_better_model_alone_is_tuned(tmp_path):
         return mixed(taught, tmp_path / name, None, options=options, bpw=4.0, measurement=tmp_path / "m.json")
 
     (plain, _said), (tuned, said) = run("plain", "off"), run("tuned", 12)
-    assert len(asked) == 4 and sum("layer by layer" in str(line) for line in said) == 1
+    assert len(asked) == 4 and sum("layer by layer on" in str(line) for line in said) == 1
     facts = tuned.report.extra["tuning"]
     assert facts["written"] and facts["end"] < facts["start"] and "tuning" not in plain.report.extra
     assert tuned.report.extra["allocation"] == plain.report.extra["allocation"]  # compared before it was tuned
