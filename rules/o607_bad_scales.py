@@ -42,7 +42,7 @@ FACTOR = ".weight_scale_2"  # of ModelOpt: its product with 448 and 6 is the lar
 RELATIVE = "F8_E4M3"  # a scale of this type is multiplied by another one, which brings its largest to 448
 
 
-@rule("O607", "warning", certainty="likely", implied_by=("W201",))
+@rule("O607", "warning", certainty="likely", implied_by=("W201", "O659"))
 def bad_scales(tensor, n_zero, numel, absmax, stats, base, every_zero_code_rows):
     if tensor.name.endswith(WHOLE):
         yield from _whole(tensor, stats, base)

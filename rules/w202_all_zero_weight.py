@@ -19,8 +19,10 @@ Sources: safetensors reads any bytes inside the offsets as values (safetensors/s
 casper-hansen/AutoAWQ PR 522.
 """
 
-from doctor.lint.rule import _, finding, rule, tensor_from_base
+from doctor.lint.rule import _, finding, rule, scale_tails, tensor_from_base
 from doctor.lint.testing import tiny
+
+OTHERS = ("bias", *scale_tails())  # of experts, beside their weights; O607 and O659 judge scales
 
 
 @rule("W202", "warning", certainty="likely")
@@ -28,7 +30,7 @@ def all_zero_weight(tensor, n_zero, numel, base):
     matrix = (
         len(tensor.shape) >= 2
         and min(tensor.shape) > 1
-        and (tensor.name.endswith(".weight") or (".experts." in tensor.name and not tensor.name.endswith("bias")))
+        and (tensor.name.endswith(".weight") or (".experts." in tensor.name and not tensor.name.endswith(OTHERS)))
     )
     if not (matrix and tensor.dtype.is_float and numel and n_zero == numel):
         return

@@ -2,6 +2,8 @@
 compressed-tensors 0.20 answered for files broken in one way each.
 """
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -78,3 +80,43 @@ def test_an_order_that_compressed_tensors_removed_is_refused_since_transformers_
     for version, refused in (("5.23.0", True), ("4.57.1", False)):
         report = check(folder, Recipe(goal="serve", runtime="transformers", runtime_version=version))
         assert ("O651" in {f.code for f in report.findings if f.severity == "error"}) == refused
+
+
+def zeroed(case, tail):
+    """The case with the tensor of this ending set to 0 in its first such linear."""
+    name = min(name for name in case.tensors if name.endswith(tail))
+    case.tensors[name] = np.zeros_like(case.tensors[name])
+    return case
+
+
+@pytest.mark.parametrize(
+    "case, tail",
+    [
+        (tiny_gptq(), ".scales"),
+        (tiny_gptq(version="gptq_v2"), ".scales"),
+        (tiny_packed(), ".weight_scale"),
+        (tiny_packed("nvfp4-pack-quantized"), ".weight_scale"),
+        (tiny_packed("nvfp4-pack-quantized"), ".weight_global_scale"),
+    ],
+)
+def test_codes_without_any_scale_are_an_error(case, tail, tmp_path):
+    assert judged(zeroed(case, tail), tmp_path) == {"O659": "error"}
+
+
+def test_8_bit_floats_without_any_scale_are_an_error(tmp_path):
+    case = zeroed(importlib.import_module("doctor.rules.o650_parts_not_as_stated").good(), ".weight_scale")
+    assert judged(case, tmp_path)["O659"] == "error"
+
+
+def test_a_linear_that_is_0_in_codes_too_may_be_pruned(case, tmp_path):
+    name = f"{case.packed('down')}.qweight"
+    case.tensors[name] = np.full_like(case.tensors[name], np.uint32(0x88888888).view(np.int32))
+    case.tensors[f"{case.packed('down')}.scales"] = np.zeros_like(case.tensors[f"{case.packed('down')}.scales"])
+    assert "error" not in judged(case, tmp_path).values()
+
+
+def test_sizes_that_are_too_large_cut_nothing(tmp_path):
+    case = tiny_packed()
+    name = min(name for name in case.tensors if name.endswith(".weight_shape"))
+    case.tensors[name] = case.tensors[name] * 2
+    assert judged(case, tmp_path) == {"O650": "warning"}
