@@ -35,7 +35,7 @@ EMBEDDER = ("modules.json", "config_sentence_transformers.json", "sentence_bert_
 
 
 @rule("F061", "error", implied_by=("F057", "F058"))
-def missing_prefix(checkpoint, spec, tensors, config, files=None):
+def missing_prefix(checkpoint, spec, tensors, config, recipe, files=None):
     found = wrong_prefix(spec, tensors, config)
     if found is None or (found.missing and any(name in (files or ()) for name in EMBEDDER)):
         return
@@ -72,9 +72,11 @@ def missing_prefix(checkpoint, spec, tensors, config, files=None):
             have=found.have,
             **values,
         )
+    forgiven = found.added and (found.missing or found.extra == found.want)  # transformers has the prefix once, always
     yield finding(
         text,
         at=Place(tensors[first].shard, tensor=first),
+        severity="info" if forgiven and recipe.runtime == "transformers" else "",
         evidence={"tensors": len(found.names), "have": found.have, "want": found.want},
         fix=_rename(found, tensors, checkpoint.index),
     )

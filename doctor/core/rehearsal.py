@@ -14,13 +14,14 @@ from doctor.core.records import LoadProof
 @dataclass(frozen=True)
 class Rehearsal:
     """refused: why a run would stop before its first layer, and advice for that. proof: what the client would do with
-    the output, None where nothing would be written. tokenizer: why transformers does not load the tokenizer. reason:
-    why none of it is known.
+    the output, None where nothing would be written. source: what transformers does with the files as they are, None
+    where it was not asked. tokenizer: why transformers does not load the tokenizer. reason: why none of it is known.
     """
 
     refused: str = ""
     advice: str = ""
     proof: LoadProof | None = None
+    source: LoadProof | None = None
     tokenizer: str = ""
     reason: str = ""
 
@@ -37,7 +38,7 @@ GIVEN_REHEARSAL: FactKey[Rehearsal | None] = provide(
 def rehearsal(checkpoint, given_rehearsal) -> Rehearsal:
     """What quantizing would end with, by headers alone (rehearsal.Rehearsal)."""
     if given_rehearsal is None:
-        raise Unavailable(_("quantizing was not rehearsed: that takes a directory, torch and transformers"))
+        raise Unavailable(_("transformers was not asked: that takes a directory, torch and transformers"))
     if given_rehearsal.reason:
         raise Unavailable(given_rehearsal.reason)
     return given_rehearsal

@@ -66,10 +66,11 @@ def measured(family: str | None = None) -> Case:
 
 
 def rehearsed(**fields: Any) -> Case:
-    """tiny() with a rehearsal that ended well, but for these fields of its load proof."""
+    """tiny() with a rehearsal that ended well, but for these fields of the load proof of its output."""
     case = tiny()
     proof = replace(LoadProof("transformers 5", "LlamaForCausalLM", packed=14), **fields)
-    case.put("checkpoint:", "given_rehearsal", Rehearsal(proof=proof))
+    whole = LoadProof("transformers 5", "LlamaForCausalLM")
+    case.put("checkpoint:", "given_rehearsal", Rehearsal(proof=proof, source=whole))
     return case
 
 

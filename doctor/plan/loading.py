@@ -95,7 +95,7 @@ def load_problem(proof: LoadProof, recipe: Recipe, model_type: str, tensors: Ite
         unexpected=len(proof.unexpected),
         mismatched=len(proof.mismatched),
     )
-    return LoadProblem("error", message, evidence)
+    return LoadProblem("error" if recipe.runtime in ("", "transformers") else "warning", message, evidence)
 
 
 def _refused(proof: LoadProof, recipe: Recipe, name: str, read: bool) -> LoadProblem:

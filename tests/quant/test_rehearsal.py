@@ -167,3 +167,37 @@ def test_a_check_that_reads_no_weights_rehearses_nothing(stage, asked, tmp_path,
     monkeypatch.setattr(rehearsal, "start", lambda *given: calls.append(given))
     check(tiny().write(tmp_path / "m"), RECIPE, stage=stage)
     assert len(calls) == asked
+
+
+def test_a_parameter_that_no_table_knows_is_missed_by_the_class_itself(tmp_path, monkeypatch):
+    """All layers lack one linear, and have one that no class knows."""
+    from doctor.api import check
+    from doctor.lint.testing import tiny
+
+    monkeypatch.setenv("DOCTOR_LOAD_PROOF", "1")
+    case = tiny()
+    for name in [n for n in case.tensors if ".q_proj." in n]:
+        other = name.replace("q_proj", "q_proj_x")
+        case.tensors[other], case.dtypes[other] = case.tensors.pop(name), case.dtypes.pop(name)
+    report = check(case.write(tmp_path / "m"), Recipe(goal="none"))
+    found = {f.code: (f.severity, f.message) for f in report.findings}
+    assert found["F078"][0] == "error" and "without 2 of its parameters" in found["F078"][1]
+    assert "G321" not in found  # nothing is to be quantized
+
+
+def test_what_transformers_reads_not_is_an_error_for_it_alone(tmp_path):
+    from doctor.api import check
+    from doctor.core.rehearsal import GIVEN_REHEARSAL, Rehearsal
+    from doctor.lint.testing import tiny
+
+    path = tiny().write(tmp_path / "m")
+    for source, severities in (
+        (LoadProof("transformers 5", "X", mismatched=("a.weight",)), {"": "error", "vllm": "warning"}),
+        (LoadProof("transformers 5", "X", refused="ValueError: no"), {"transformers": "error", "vllm": "warning"}),
+        (LoadProof("transformers 5", "X", unexpected=("a.weight",)), {"": "info", "transformers": "info"}),
+        (LoadProof("transformers 5", "X", reason="a library is not here"), {"": None}),
+    ):
+        for runtime, severity in severities.items():
+            facts = [("checkpoint:", GIVEN_REHEARSAL.name, Rehearsal(source=source))]
+            report = check(path, Recipe(goal="serve", runtime=runtime), stage="header", facts=facts, select=["F078"])
+            assert [f.severity for f in report.findings] == ([severity] if severity else [])

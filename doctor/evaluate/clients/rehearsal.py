@@ -1,5 +1,6 @@
-"""What quantizing would end with, before any work: a run's own steps from headers, and the client's loader on files
-without data. In a process of its own (rehearsal_child.py), which takes seconds whatever the model's size.
+"""What transformers does with the files, and what quantizing would end with, before any work: a run's own steps from
+headers, and the client's loader on files without data. In a process of its own (rehearsal_child.py), which takes
+seconds whatever the model's size.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from doctor.core.messages import from_data
 from doctor.core.recipe import Recipe
 from doctor.core.rehearsal import Rehearsal
 from doctor.evaluate.clients.load_proof import SECONDS, as_record, ask_child, linears_of_class, prove_loading
-from doctor.formats.registry import format_of
+from doctor.formats.registry import KNOWN, format_of
+from doctor.model.quantization_config import quantization_of
 from doctor.quant.client import Client
 
 
@@ -28,21 +30,17 @@ def rehearse(folder: Path, recipe: Recipe, *, seconds: float = SECONDS) -> Rehea
         )
     if isinstance(answer, str):
         return Rehearsal(reason=answer)
-    if "refused" in answer:
-        return Rehearsal(
-            from_data(answer["refused"]), from_data(answer["advice"]), tokenizer=answer.get("tokenizer", "")
-        )
-    return Rehearsal(proof=as_record(answer["proof"], (), 0), tokenizer=answer.get("tokenizer", ""))
+    proof, source = (as_record(answer[key], (), 0) if key in answer else None for key in ("proof", "source"))
+    refused, advice = (from_data(answer.get(key, "")) for key in ("refused", "advice"))
+    return Rehearsal(refused, advice, proof, source, answer.get("tokenizer", ""))
 
 
 def start(checkpoint: Checkpoint, recipe: Recipe) -> Future[Rehearsal] | None:
-    """The same, under way; None where there is nothing to quantize, or nothing to do it with."""
-    config = checkpoint.value("config.json") or {}
-    if format_of(recipe).in_blocks or not format_of(recipe).client:
-        return None  # transformers is not who reads it
+    """The same, under way; None where the files are no directory, or transformers is not here or not who reads them."""
     if type(checkpoint) is not Checkpoint or not checkpoint.root.is_dir():
         return None
-    if "quantization_config" in config and recipe.goal != "quantize":
+    block = quantization_of(checkpoint)
+    if block and any(form.claims(block[0]) and not form.client for form in KNOWN.values()):
         return None
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return None

@@ -18,7 +18,8 @@ from doctor.core.messages import as_data
 from doctor.core.recipe import Recipe
 from doctor.edits.decoding import decoded
 from doctor.evaluate.clients import transformers_child
-from doctor.model.quantization_config import holds_quantized
+from doctor.formats.registry import format_of
+from doctor.model.quantization_config import holds_quantized, quantization_of
 from doctor.quant import import_stubs
 from doctor.quant.calibration.tokenizer import tokenizer_directory
 from doctor.quant.calibration.tokenizer_probe import limited, memory_for, use
@@ -32,26 +33,37 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout carries the answer alone
         tokenizer = why_no_tokenizer(root)  # under way while the model is rehearsed
         answer = answer_of(root, recipe, folder)
+        answer["source"] = transformers_child.ask(root, 0, None)
         answer["tokenizer"] = tokenizer()
     print(json.dumps(answer))
 
 
 def answer_of(root: Path, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """{"refused", "advice"}, or {"proof"}: what transformers_child.ask says of the output."""
+    """{"refused", "advice"}, or {"proof"}: what transformers_child.ask says of the output; {} where none is wanted."""
 
     def linears(modules) -> dict[str, tuple[str, ...]]:
         found = transformers_child.linears(root, list(modules)).get("linears", {})
         return {name: tuple(sources) for name, sources in found.items()}
 
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()}
+    plan, checkpoint = Recipe(**fields), Checkpoint.open(root)
+    if not is_rehearsed(checkpoint, plan):
+        return {}
     try:
-        rehearse(_as_read(Checkpoint.open(root)), Recipe(**fields), folder, linears)
+        rehearse(_as_read(checkpoint), plan, folder, linears)
     except DoctorError as error:
         return {
             "refused": as_data(error.message) or error.message,
             "advice": as_data(error.hint) or error.hint,
         }
     return {"proof": transformers_child.ask(folder, 0, None)}
+
+
+def is_rehearsed(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Whether something is to be quantized, into a format that transformers reads."""
+    if format_of(recipe).in_blocks or not format_of(recipe).client:
+        return False
+    return recipe.goal == "quantize" or (recipe.goal == "" and quantization_of(checkpoint) is None)
 
 
 def _as_read(checkpoint: Checkpoint) -> Checkpoint:
