@@ -2,7 +2,7 @@
 
 Why: transformers puts packed modules in the place of a class's linears. GPT-2's and GPT's linears are Conv1D, which it
 leaves as they are; the loader of Kimi-Linear and OLMo-hybrid joins tensors that it does not find in a packed file; and
-those of Molmo2, HRM and Ernie 4.5 VL cut stored tensors apart. Such a copy loads nowhere in transformers, whoever wrote it. This is known from the family's name, so it
+those of Molmo2, HRM and Ernie 4.5 VL cut stored tensors apart. Of a GPTQ file it takes the decoder layers alone. Such a copy loads nowhere in transformers, whoever wrote it. This is known from the family's name, so it
 is said before any work. Other families whose own code reads the weight of a linear (Falcon, Mamba, RWKV, ModernBERT) are
 written with `"dequantize": true` in quantization_config: transformers then unpacks their linears while it loads the file.
 
@@ -27,6 +27,7 @@ _REASONS = {
     "conv1d": _("its linears are Conv1D, which stay as they are"),
     "joined": _("its loader joins tensors that it does not find beside packed ones"),
     "split": _("its loader cuts stored tensors apart, which it does not do with packed ones"),
+    "tower": _("it replaces the linears of decoder layers alone, and none of a vision tower's (--vision)"),
 }
 _FORMAT = _("write another format, as --format gptq, or name the runtime that will serve it, as --runtime vllm")
 _OTHERWISE = {
@@ -35,6 +36,7 @@ _OTHERWISE = {
         "choose --scheme FP8_DYNAMIC, which it joins too, or name the runtime that will serve it, as --runtime vllm"
     ),
     "split": _FORMAT,
+    "tower": _("write --format compressed-tensors, leave --vision out, or serve it with --runtime vllm"),
 }
 
 
@@ -44,7 +46,8 @@ def packed_copy_unloadable(checkpoint, config, recipe, goal, packed_loading):
     if goal != "quantize" or families is None or recipe.runtime not in ("", "transformers"):
         return
     family = str(config.get("model_type", ""))
-    why = next((why for why in _REASONS if family in families.get(why, ())), "")
+    why = next((why for why in ("conv1d", "joined", "split") if family in families.get(why, ())), "")
+    why = why or ("tower" if recipe.vision and families.get("tower") and "vision_config" in config else "")
     if why:
         yield finding(
             _(

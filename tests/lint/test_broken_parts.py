@@ -9,7 +9,7 @@ import pytest
 
 from doctor.api import check
 from doctor.core.recipe import Recipe
-from doctor.lint.testing import tiny_gptq, tiny_packed
+from doctor.lint.testing import tiny, tiny_gptq, tiny_packed
 
 
 def judged(case, tmp_path):
@@ -120,3 +120,11 @@ def test_sizes_that_are_too_large_cut_nothing(tmp_path):
     name = min(name for name in case.tensors if name.endswith(".weight_shape"))
     case.tensors[name] = case.tensors[name] * 2
     assert judged(case, tmp_path) == {"O650": "warning"}
+
+
+@pytest.mark.parametrize("vision, runtime, said", [(True, "", True), (True, "vllm", False), (False, "", False)])
+def test_a_tower_in_the_gptq_format_is_refused_for_transformers(vision, runtime, said, tmp_path):
+    recipe, case = Recipe(group_size=32, format="gptq", goal="quantize", vision=vision, runtime=runtime), tiny()
+    case.config["vision_config"] = {}
+    report = check(case.write(tmp_path), recipe, stage="header")
+    assert ("G323" in {f.code for f in report.findings}) is said
