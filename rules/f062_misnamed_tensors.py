@@ -29,11 +29,13 @@ NUMBER = re.compile(r"\d+")
 
 
 @rule("F062", "error", implied_by=("F057", "F058", "F061"))
-def misnamed_tensors(checkpoint, misnamed, tensors):
+def misnamed_tensors(checkpoint, misnamed, tensors, spec):
+    # What a known family lacks is lost, whichever tensor it is; only the pairing is a guess.
+    guessed = "" if spec.family else "warning"
     for names, fix, severity in (
         (misnamed.spelled, _renamed(misnamed.spelled, checkpoint.index, "safe"), ""),
         (misnamed.numbered, _renamed(misnamed.numbered, checkpoint.index, "unsafe"), ""),
-        (misnamed.shaped, _renamed(misnamed.shaped, checkpoint.index, "unsafe", by_name=True), "warning"),
+        (misnamed.shaped, _renamed(misnamed.shaped, checkpoint.index, "unsafe", by_name=True), guessed),
     ):
         if names:
             first = min(names)

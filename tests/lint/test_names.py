@@ -278,3 +278,9 @@ def test_packed_experts_stored_one_by_one_belong_and_transformers_is_told_to_lea
     assert "F052" not in {f.code for f in check(out).findings}
     report = check(out, Recipe(goal="serve", runtime="transformers"))
     assert {f.code for f in report.findings if f.severity == "error"} == {"G319"}
+
+
+def test_a_linear_under_a_name_that_nobody_knows_is_an_error_by_headers_alone(tmp_path):
+    folder = rename(save("llama", tmp_path / "m"), lambda name: name.replace("q_proj", "query"))
+    found = {f.code: f.severity for f in check(folder, RECIPE, stage="header").findings if not f.consequence_of}
+    assert found == {"F062": "error"}
