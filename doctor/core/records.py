@@ -159,6 +159,7 @@ class Comparison:
     # token); and how many layers have experts whose choices were not seen.
     same_experts: tuple[tuple[int, float], ...] = ()
     experts_unseen: int = 0
+    rounded_inputs: int = 0  # linears of the quantized model whose inputs were rounded too, as engines round them
 
 
 @dataclass(frozen=True)

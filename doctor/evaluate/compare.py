@@ -292,6 +292,7 @@ def compare(
         top1_span=spread.top1,
         same_experts=tuple(same.items()),
         experts_unseen=unseen,
+        rounded_inputs=b.rounded_inputs,
     )
 
 

@@ -86,6 +86,11 @@ def results(report: Report) -> list[tuple[str, str]]:
             )
         if c.get("same_experts") or c.get("experts_unseen"):
             lines.append((say("experts"), _experts(list(c.get("same_experts") or ()), c.get("experts_unseen") or 0)))
+        if c.get("rounded_inputs"):
+            told = counted(
+                "rounded in {n:,} linear, as engines do", "rounded in {n:,} linears, as engines do", c["rounded_inputs"]
+            )
+            lines.append((say("inputs"), told))
         if done:  # at the end of a quantization: what else was looked at, `doctor verify` shows
             c = {}
         if number(c.get("entropy_quantized")) or number(c.get("entropy_original")):

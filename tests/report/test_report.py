@@ -439,6 +439,7 @@ def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_nu
         "block_errors": [0.1, 0.2],
         "same_experts": [[1, 0.98], [2, 0.9]],
         "experts_unseen": 1,
+        "rounded_inputs": 14,
     }
     report = make_report(linears=linears, extra={"comparison": comparison})
     again = json_report.read(json_report.render([report]))[0]
@@ -449,6 +450,7 @@ def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_nu
         assert "at the 99th percentile; same next token 93.0%" in screen
         assert "94.0% of the choices are the original's, layer 2 the fewest with 90.0%;" in " ".join(screen.split())
         assert "1 layer whose choices were not seen" in " ".join(screen.split())
+        assert "rounded in 14 linears, as engines do" in screen
         assert "- **perplexity** 10 → 10.5 (+5.0%)" in render("markdown", [one])
         page = render("html", [one])
         assert "&lt;b&gt;p" in page and "max 2 %" in page and page.count('<rect class="bad"') == 1
