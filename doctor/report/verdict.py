@@ -261,7 +261,9 @@ def _established(name: str, report: Report, runs: list) -> str:
             tensors=tensors,
         ),
         "Tensors": say("{tensors} as config.json asks", tensors=tensors),
-        "Config": say("{what}, {n} layers", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
+        "Config": say("{what}, {n} layers", what=s.get("architecture") or "config.json", n=s["blocks"])
+        if s.get("blocks")  # a model of an encoder and a decoder has two numbers of them
+        else s.get("architecture") or "config.json",
         "Tokenizer": say("tokenizer and special tokens agree with config.json"),
         "Weights": _read(report),
         "Geometry": say(

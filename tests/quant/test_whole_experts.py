@@ -18,7 +18,9 @@ def dbrx(tmp_path_factory):
     experts = {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     sizes = {"vocab_size": 96, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
-    config = DbrxConfig(**sizes, **ends, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, ffn_config=experts)
+    config = DbrxConfig(
+        **sizes, **ends, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, ffn_config=experts
+    )
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dbrx")
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
