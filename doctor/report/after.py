@@ -8,7 +8,7 @@ from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
 from doctor.formats.registry import format_of
-from doctor.plan.launch import cache_flags, launch
+from doctor.plan.launch import cache_flags, launch, run_in_exllamav2
 from doctor.plan.runtimes import in_force, reads
 from doctor.plan.serving import groups_of, schemes, serves, stated
 from doctor.report.screen import Steps
@@ -28,8 +28,9 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: 
     if form.in_blocks:
         file = shlex.quote(str(output / gguf))
         return [*found, (f"llama-server -m {file}", _("serve it in llama.cpp"))]
-    if not form.client:
-        return found
+    if not form.client or recipe.runtime == "exllamav2":
+        what = _("run it in ExLlamaV2, on a GPU; TabbyAPI serves it")
+        return [*found, *([(run_in_exllamav2(str(output)), what)] if served_by("exllamav2", recipe) else [])]
     name = recipe.runtime if recipe.runtime == "sglang" else "vllm"
     if served_by(name, recipe):
         what = _("serve it in SGLang") if name == "sglang" else _("serve it in vLLM")
