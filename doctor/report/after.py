@@ -52,16 +52,19 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: 
 def _for_two_halves(output: Path, libraries: str, kind: str) -> Steps:
     """How transformers runs a model of an encoder and a decoder; [] for an encoder, which has many uses."""
     folder = json.dumps(str(output), ensure_ascii=False)
+    # compressed-tensors unpacks at the first call of the whole model, and generate calls the encoder alone before that.
     if kind == "encoder-decoder":
         code = (
-            "from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; "
-            f"t, m = T.from_pretrained({folder}), M.from_pretrained({folder}); "
+            "from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T, CompressedTensorsConfig as C; "
+            f"t, m = T.from_pretrained({folder}), M.from_pretrained({folder}, "
+            "quantization_config=C(run_compressed=False)); "
             'print(t.decode(m.generate(**t("Hello", return_tensors="pt"))[0]))'
         )
     elif kind == "audio":
         code = (
-            "from transformers import pipeline; "
-            f'print(pipeline("automatic-speech-recognition", {folder})("speech.wav"))'
+            "from transformers import CompressedTensorsConfig as C, pipeline; "
+            f'print(pipeline("automatic-speech-recognition", {folder}, '
+            'model_kwargs={"quantization_config": C(run_compressed=False)})("speech.wav"))'
         )
     else:
         return []

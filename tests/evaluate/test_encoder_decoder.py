@@ -50,6 +50,19 @@ def states(folder, ids):
     return out.decoder_hidden_states[-1][0]
 
 
+def the_printed_line_generates(folder):
+    """With a stand-in for the tokenizer, which the tiny class has none of: the rest is what is printed."""
+    import shlex
+
+    from doctor.report.after import commands
+
+    steps = commands("m", folder, Recipe(**fields_of("FP8_DYNAMIC", {"method": "rtn"})), kind="encoder-decoder")
+    code = shlex.split(steps[1][0])[2].replace("AutoTokenizer as T, ", "")
+    words = {"input_ids": torch.arange(3, 19)[None]}
+    tokenizer = type("T", (), {"__call__": lambda self, *a, **k: words, "decode": lambda self, ids: len(ids)})()
+    exec(code, {"T": type("T", (), {"from_pretrained": staticmethod(lambda folder: tokenizer)})})
+
+
 @pytest.mark.parametrize("scheme, name", [("FP8_DYNAMIC", "bart"), ("NVFP4A16", "t5"), ("INT8", "whisper")])
 def test_both_halves_are_rounded_load_and_compute_what_the_source_does(scheme, name, tmp_path):
     pytest.importorskip("compressed_tensors")
@@ -65,6 +78,7 @@ def test_both_halves_are_rounded_load_and_compute_what_the_source_does(scheme, n
     found = report.extra["own_measure"]
     assert found["kind"] == "sequence" and found["cosine"] > 0.95 and not found["nonfinite_quantized"]
     if name == "bart":
+        the_printed_line_generates(tmp_path / "q")
         ids = torch.tensor([json.loads(ROWS.splitlines()[0])["input_ids"]])
         theirs = [torch.nn.functional.cosine_similarity(states(source, ids), states(tmp_path / "q", ids), dim=-1)]
         first = verify(source, tmp_path / "q", text=tmp_path / "rows.jsonl", rows=1, context=32).extra["own_measure"]
