@@ -94,6 +94,12 @@ def test_a_card_of_any_kind_gives_one_that_can_be_read(card, kept, source, tmp_p
     assert {k: front[k] for k in kept} == kept and front["library_name"] == "transformers"
 
 
+def test_a_card_names_no_library_that_does_not_read_the_format(source, tmp_path):
+    api.quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32, format="exl2"), client=None)
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert "library_name" not in front
+
+
 def test_the_base_model_is_named_where_the_files_name_it(source, tmp_path):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "org/base-1.5B"}))
