@@ -1,16 +1,15 @@
 """G330 not-a-decoder: directory is not a decoder language model.
 
-Why: doctor runs the decoder layers of language models, and the formats that it writes are read for these alone. Models of
-an encoder and a decoder (T5, BART, Whisper) are not run: their weights are rounded without calibration. What else is here
-was checked as far as its files go; a plan for it cannot be carried out.
+Why: doctor runs the decoder layers of language models, and the formats that it writes are read for these alone. What
+is here was checked as far as its files go; a plan for it cannot be carried out. Models of an encoder and a decoder (T5,
+BART, Whisper) can be rounded without calibration: rule G336 judges them.
 
 Seen as:
 - transformers: `Unrecognized configuration class`
 - vLLM: `are not supported for now`
 
 Do: name the directory of the language model. A diffusers pipeline has its text encoder in a subfolder. Take the
-original 16-bit weights in place of a model that is exported to ONNX or quantized by MLX. For a model of an encoder and a
-decoder choose a scheme without calibration: --scheme FP8_DYNAMIC or INT8, or NVFP4A16 and MXFP4A16 with --for rtn.
+original 16-bit weights in place of a model that is exported to ONNX or quantized by MLX.
 
 False alarms: none known. A kind that is not known is not judged.
 
@@ -19,37 +18,24 @@ Fix safety: manual: it is another model.
 Sources: transformers src/transformers/models/auto/modeling_auto.py, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.
 """
 
-from doctor.lint.rule import KINDS, Fix, Place, _, finding, rule, streams
+from doctor.lint.rule import HALVES, KINDS, Fix, Place, _, finding, rule
 from doctor.lint.testing import tiny
 
 OTHERS = ("encoder-decoder", "two-encoders", "vision", "audio", "pipeline", "component", "mlx", "onnx")
 
 
 @rule("G330", "error")
-def not_a_decoder(checkpoint, kind, recipe, goal):
+def not_a_decoder(checkpoint, kind, goal):
     if kind not in OTHERS or (kind == "mlx" and goal != "quantize"):
         return
     config = checkpoint.value("config.json") or {}
-    halves = kind in ("encoder-decoder", "audio") and config.get("is_encoder_decoder") is True
-    if halves and (goal != "quantize" or streams(recipe)):
-        return
+    if kind in HALVES and config.get("is_encoder_decoder") is True:
+        return  # G336 judges whether the recipe needs to run it
     at = (
         Place("model_index.json", pointer="/_class_name")
         if kind == "pipeline"
         else Place("config.json", pointer="/architectures")
     )
-    if halves:
-        yield finding(
-            _(
-                "{kind}: doctor runs decoder language models alone, and {method} needs to run it",
-                kind=KINDS[kind],
-                method=recipe.label(),
-            ),
-            at=at,
-            evidence={"kind": kind},
-            advice=_("choose a scheme without calibration: --scheme FP8_DYNAMIC or --scheme INT8"),
-        )
-        return
     yield finding(
         _("{kind}: doctor quantizes decoder language models alone", kind=KINDS[kind]),
         at=at,

@@ -183,7 +183,7 @@ def judge(name: str, folder: Path, verify: bool) -> dict[str, Any]:
     if errors and errors[0].startswith(("G322", "G323")) and not (row and row.stored):
         return answer | in_gptq(source, folder, errors[0])
     if errors:
-        honest = errors[0].startswith((*REFUSED, "G330"))
+        honest = errors[0].startswith((*REFUSED, "G330", "G336"))
         return answer | {"outcome": "refusal" if honest else "false refusal", "why": errors[0]}
     try:
         done = api.quantize(source, folder / "q", recipe, calibration=calibration_file(folder), max_seq_length=LENGTH)

@@ -8,6 +8,7 @@ from doctor.cli.command import Command
 from doctor.cli.options import (
     KV_FORMATS,
     checkpoint_argument,
+    count_of_tokens,
     device_option,
     format_option,
     given,
@@ -34,7 +35,7 @@ from doctor.core.messages import _
     ),
 )
 @checkpoint_argument
-@option("--context", type=int, default=8192, help=_("Tokens kept per sequence."))
+@option("--context", default="8192", metavar="TOKENS", help=_("Tokens kept per sequence, as 32768 or 32k."))
 @option("--batch", type=int, default=1, help=_("Sequences at a time."))
 @memory_option(_("GPU memory for weights and cache, as 24GB: prints the longest context that fits."))
 @option("--k-bits", "key_bits", type=int, default=None, help=_("One more row: keys of this width, 2 to 8, or 16."))
@@ -52,7 +53,7 @@ from doctor.core.messages import _
 @progress_option
 def command(
     path: str,
-    context: int,
+    context: str,
     batch: int,
     memory: str,
     key_bits: int | None,
@@ -71,7 +72,7 @@ def command(
         with layer_bars() as tick:
             result = api.kvcache(
                 path,
-                context=context,
+                context=count_of_tokens(context) or 0,
                 batch=batch,
                 measure=measure,
                 progress=tick,

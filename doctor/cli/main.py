@@ -5,6 +5,7 @@ that crashed). 130: interrupted. Findings go to stdout; progress and notices to 
 """
 
 import gc
+import os
 import sys
 
 import click
@@ -85,6 +86,8 @@ def main(args: list[str] | None = None) -> None:
     # fifth of it.
     gc.set_threshold(100_000, 20, 20)
     if args is None:  # a process of doctor's own
+        # Its notes are to who loads a model by hand ("falling back to its reference PyTorch implementation").
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         import_stubs.install()
         held_import.install()
     for stream in (sys.stdout, sys.stderr):

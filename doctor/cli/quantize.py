@@ -272,7 +272,7 @@ def command(
             hub_push.require_pushable(push)
         if plan_only:
             planned = {**run, **given(budget=budget), "device": device, "tune": _rows_to_tune(tune)}
-            planned["compare_rows"] = compared
+            planned |= {"compare_rows": compared, "fixed": fix or bool(unsafe_fixes)}
             _print_forecast(api.plan_quantize(path, output, recipe, **planned), outputs)
         if recipes is not None:
             if not preflight:

@@ -64,6 +64,7 @@ class PlanOptions(TypedDict, total=False):
     tune: str | int
     device: str
     compare_rows: int
+    fixed: bool
 
 
 class ConvertOptions(TypedDict, total=False):

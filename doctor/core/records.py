@@ -306,6 +306,7 @@ SOLVE: FactKey[SolveRecord] = provide(
 ALLOCATION: FactKey[Allocation] = provide(
     "allocation", "checkpoint", "run", "A mixture of widths against the uniform model (records.Allocation)."
 )
+ORIGINAL_BROKEN = "O606"  # the rule whose finding says that a comparison says nothing
 STACKED_EXPERTS: FactKey[tuple[tuple[str, str], ...]] = provide(
     "stacked_experts", "checkpoint", "run", "(tensor, why) of each fused 3-D expert tensor that a run kept in 16 bits."
 )

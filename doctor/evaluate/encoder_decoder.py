@@ -101,6 +101,7 @@ def _filled(view: Checkpoint) -> Any:
         else:
             module._buffers[name] = value
     model.tie_weights()
+    _compute_own(model)
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if empty is not None:
         raise NotQuantizable(
@@ -108,3 +109,25 @@ def _filled(view: Checkpoint) -> Any:
             _("`doctor check` says which names transformers takes."),
         )
     return model
+
+
+def _compute_own(model: Any) -> None:
+    """Give values to what the class computes and never saves: Marian's sinusoidal positions, M2M-100's buffers."""
+    unsaved = set(model._keys_to_ignore_on_save or ())
+    for path, module in model.named_modules():
+        held = {**module._parameters, **{name: module._buffers[name] for name in module._non_persistent_buffers_set}}
+        own = [
+            name
+            for name, value in held.items()
+            if value is not None
+            and value.is_meta
+            and (name in module._buffers or f"{path}.{name}".removeprefix(".") in unsaved)
+        ]
+        for name in own:
+            value = torch.empty(held[name].shape, dtype=held[name].dtype)
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[name] = value
+        if own:
+            model._init_weights(module)

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.special_numbers import with_numbers
 from doctor.core.errors import DoctorError
 from doctor.core.messages import Message, _, plural
 from doctor.fixing.proof import PROOF_PROMPTS as PROMPTS
@@ -118,7 +119,7 @@ def _build(checkpoint: Checkpoint, layers: int | None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = CONFIG_MAPPING[kind].from_dict(_shortened(document, layers))
+        config = CONFIG_MAPPING[kind].from_dict(with_numbers(_shortened(document, layers)))
         config._attn_implementation = "eager"
         state = {name: _tensor(checkpoint, name) for name in checkpoint.tensors if _wanted(name, layers)}
         config_class = AutoModelForCausalLM._model_mapping[type(config)]

@@ -83,8 +83,9 @@ from doctor.lint.plain_fixes import decoding_fix  # noqa: F401
 from doctor.lint.shard_names import parts_of, renumbered  # noqa: F401
 from doctor.model.bias_keys import ATTENTION, keyed_linears  # noqa: F401
 from doctor.model.chat_template import free_names, parse_template, parsed_template  # noqa: F401
-from doctor.model.directory_kind import KINDS  # noqa: F401 - declares the fact `kind` too
+from doctor.model.directory_kind import HALVES, KINDS  # noqa: F401 - declares the fact `kind` too
 from doctor.model.expressions import keys_of  # noqa: F401
+from doctor.model.fused_experts import holds_experts  # noqa: F401
 from doctor.model.gguf_names import architecture_in, unwritable  # noqa: F401
 from doctor.model.linears import BUFFERS, ROW_PARALLEL, Linear, is_router  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401

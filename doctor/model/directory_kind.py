@@ -37,6 +37,7 @@ KINDS: Final[Mapping[str, Message]] = {
     "empty": _("empty directory"),
     "other": _("no checkpoint"),
 }
+HALVES: Final = ("encoder-decoder", "audio")  # kinds that may be an encoder and a decoder; config.json says so
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz")
 _DECODES = re.compile(r"(ForCausalLM|LMHeadModel)")
 _SPEAKS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForVision2Seq)$")

@@ -65,6 +65,26 @@ class FusedExperts:
         return self.linears[0].name.rpartition(".0.")[0]
 
 
+def holds_experts(info: TensorInfo, hidden: int | None) -> bool:
+    """Whether a tensor of a decoder layer holds several experts, by its name and shape: [experts, out, in], or their
+    rows one below the other in a parameter that is no linear's weight (DBRX: [experts * inner, hidden]).
+    """
+    name, shape = info.name, info.shape
+    if not (info.dtype.is_float and re.search(r"expert|moe", name) and re.search(r"\.\d+\.", name)):
+        return False
+    if len(shape) == 3:
+        return min(shape[1:]) >= 2
+    # A router is [experts, hidden], and the biases of experts are [experts, out]: shorter than the model is wide.
+    return len(shape) == 2 and not name.endswith(("weight", "bias")) and hidden is not None and min(shape) >= hidden
+
+
+def experts_held(info: TensorInfo, why: str) -> str:
+    """Why a tensor that holds experts stays in 16 bits, with its shape."""
+    if len(info.shape) == 2:
+        return _("experts in one tensor {shape}; {why}", shape=list(info.shape), why=why)
+    return _("{n} experts in one tensor {shape}; {why}", n=info.shape[0], shape=list(info.shape), why=why)
+
+
 def find_fused_experts(spec: ModelSpec, tensors: Mapping[str, TensorInfo], recipe: Recipe) -> tuple[FusedExperts, ...]:
     """Fused experts of each decoder layer, for families in the table; () if there are none. Tensors whose shapes do not
     fit each other are left out.

@@ -1,12 +1,29 @@
 """The commands with which engines serve a model.
 
 Sources: vllm-project/vllm 0.32.0 vllm/engine/arg_utils.py (--tensor-parallel-size, --max-model-len, --kv-cache-dtype);
-sgl-project/sglang docs/advanced_features/server_arguments.md; ggml-org/llama.cpp common/arg.cpp (-m, -c, -ngl).
+sgl-project/sglang docs/advanced_features/server_arguments.md; ggml-org/llama.cpp common/arg.cpp (-m, -c, -ngl);
+turboderp-org/exllamav2 0.3.2 examples/inference.py, exllamav2/generator/dynamic.py.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
+
 from doctor.core.tables import table
+
+# It has no server of its own. paged=False: one sequence at a time, which needs no flash-attn and an older GPU does.
+_EXLLAMAV2 = (
+    "from exllamav2 import ExLlamaV2 as M, ExLlamaV2Cache as K, ExLlamaV2Config as C, ExLlamaV2Tokenizer as T; "
+    "from exllamav2.generator import ExLlamaV2DynamicGenerator as G; "
+    "c = C({folder}); m = M(c); k = K(m, max_seq_len=2048, lazy=True); m.load_autosplit(k); "
+    'print(G(m, k, T(c), paged=False).generate("Hello", max_new_tokens=32, add_bos=True))'
+)
+
+
+def run_in_exllamav2(folder: str) -> str:
+    """The command that writes a reply with ExLlamaV2's own classes."""
+    return f"python -c {shlex.quote(_EXLLAMAV2.format(folder=json.dumps(folder, ensure_ascii=False)))}"
 
 
 def launch(runtime: str, model: str, *, gpus: int = 1, context: int | None = None, flags: str = "") -> str:

@@ -87,8 +87,11 @@ def _front_matter(front: str, base: str, recipe: Recipe) -> str:
     stated = _parsed(front) or {}
     added: dict[str, Any] = {"base_model": base} if base else {}
     added |= {"base_model_relation": "quantized", "library_name": "transformers", "tags": [_tag(recipe), "doctor"]}
-    if format_of(recipe).in_blocks:
+    form = format_of(recipe)
+    if form.in_blocks:
         added["library_name"] = "gguf"
+    elif not form.client:
+        del added["library_name"]  # transformers does not read it
     more = {key: value for key, value in added.items() if key not in stated}
     front = front if not front or front.endswith("\n") else front + "\n"
     return front + (yaml.safe_dump(more, sort_keys=False) if more else "")

@@ -111,6 +111,17 @@ def refused_by_headers(
     return report
 
 
+def errors_of_headers(source: Checkpoint, recipe: Recipe) -> tuple[Message, ...]:
+    """What rules find in the headers that would end a run of `quantize` before its first layer."""
+    rules = select_rules(load_rules())
+    recipe = replace(recipe, goal="quantize")
+    view, decoding = _as_gguf(source) if source.gguf else read_as_floats(source, recipe, rules)
+    facts = [(CHECKPOINT, DECODED.name, decoding)] if decoding else []
+    found = assess(view, recipe, rules, facts=facts, stage="header").findings
+    wrong = [f for f in found if f.severity == "error" and not f.consequence_of]
+    return tuple(_("{code}: {message}", code=f.code, message=f.message) for f in wrong)
+
+
 def _require_machine(
     view: Checkpoint, spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, memory: int | None
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from doctor.checkpoint.directory import Checkpoint
 from doctor.core.errors import DoctorError, MachineError
 from doctor.core.messages import _
-from doctor.core.records import CalibrationFacts
+from doctor.core.records import ORIGINAL_BROKEN, CalibrationFacts
 from doctor.edits.gguf_floats import GgufAsFloats, opened_from
 from doctor.fixing.filesystem import machine_errors
 from doctor.lint.engine import Report
@@ -22,7 +22,6 @@ from doctor.quant.card import CARD, card
 from doctor.quant.prepare import Asked, Checked
 
 Compare = Callable[[Path, Path], Report]  # (original, what was written) -> a report as doctor.evaluate.verify makes it
-ORIGINAL_BROKEN = "O606"
 TOKENS = 512  # of a row that is compared
 _LAYER = re.compile(r".*?\.\d+\.")
 _BESIDE = f".{CARD}.tmp"  # where a card is written before it takes its name

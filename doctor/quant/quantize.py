@@ -44,7 +44,7 @@ from doctor.quant.device import device_memory, device_of
 from doctor.quant.distributed import size, start, stop
 from doctor.quant.duration import steps
 from doctor.quant.earlier import Earlier, open_earlier, source_mark
-from doctor.quant.early import require_named, require_nothing_to_fix
+from doctor.quant.early import errors_of_headers, require_named, require_nothing_to_fix
 from doctor.quant.ending import Compare
 from doctor.quant.execute import build
 from doctor.quant.preflight import Forecast
@@ -252,14 +252,17 @@ def plan(
     tune: str | int = AUTO,
     device: str = "auto",
     compare_rows: int = 0,
+    fixed: bool = False,
 ) -> Forecast:
     """Memory, disk and time of quantizing, from headers and from rates that this machine is measured at in two seconds;
-    path may be org/name on the Hub.
+    path may be org/name on the Hub. What rules find in the headers that would end the run is among the problems, but
+    where the run is asked for fixes (`fixed`), which may cure it.
 
     calibration is not opened, but without one the model writes a part of the rows, for which it is held whole.
     compare_rows: on which the output will be compared. Raises BadCheckpoint.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    checkpoint = source = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    asked = recipe or Recipe()
     if type(checkpoint) is Checkpoint and holds_quantized(checkpoint):
         with suppress(Unavailable):
             checkpoint = decoded(checkpoint)[0]
@@ -283,6 +286,8 @@ def plan(
     found = flight.plan(checkpoint, spec, recipe, place, rows, length, memory, sampled.bytes if sampled else 0, tuning)
     if found.problems:  # it would not run
         return found
+    if not fixed and (wrong := errors_of_headers(source, asked)):
+        return replace(found, problems=wrong)
     timed = steps(
         spec,
         recipe,

@@ -4,17 +4,17 @@ those.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.safetensors import TensorInfo
 from doctor.core.errors import DoctorError
 from doctor.core.messages import _
 from doctor.core.recipe import ASKED, Recipe, is_kept, matches, unfit
 from doctor.core.records import SolveRecord
 from doctor.formats.registry import format_of
-from doctor.model.fused_experts import FusedExperts
+from doctor.model.fused_experts import FusedExperts, experts_held, holds_experts
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant.forward.linear_groups import Modules
@@ -66,18 +66,22 @@ def select_linears(
 def _fused_experts(
     skeleton: Skeleton, checkpoint: Checkpoint, fused: Mapping[str, FusedExperts], recipe: Recipe, i: int
 ) -> list[Kept]:
-    """3-D tensors of experts: they are no linears, so they stay in 16 bits, which the report says."""
+    """Tensors that hold several experts: they are no linears, so they stay in 16 bits, which the report says."""
     found = []
     known = {x.tensor for x in skeleton.linears.get(i, {}).values()}
     for name in skeleton.tensors_of(i):
-        shape = checkpoint.tensors[name].shape
-        if name in known or not re.search("expert|moe", name) or len(shape) != 3 or min(shape[1:]) < 2:
-            continue
-        module = name.removesuffix(".weight")
-        why = fused[module].why if module in fused else _("no known form of fused experts fits it")
-        reason = _("{n} experts in one tensor {shape}; {why}", n=shape[0], shape=list(shape), why=why)
-        found.append(Kept(Linear(module, name, FUSED_EXPERTS, i, shape[2], shape[1]), kept(recipe, reason)))
+        info = checkpoint.tensors[name]
+        if name not in known and holds_experts(info, skeleton.spec.hidden):
+            found.append(whole_experts(info, fused, recipe, i))
     return found
+
+
+def whole_experts(info: TensorInfo, fused: Mapping[str, FusedExperts], recipe: Recipe, i: int) -> Kept:
+    """A tensor of several experts of layer i that stays in 16 bits, and why."""
+    module = info.name.removesuffix(".weight")
+    why = fused[module].why if module in fused else _("no known form of fused experts fits it")
+    linear = Linear(module, info.name, FUSED_EXPERTS, i, info.shape[-1], info.shape[-2])
+    return Kept(linear, kept(recipe, experts_held(info, why)))
 
 
 def why_kept(recipe: Recipe, linear: Linear) -> str:

@@ -124,14 +124,14 @@ def _first_of_each(options: list[tuple[int, Option]]) -> list[tuple[int, Option]
 
 def _commands(screen: Screen, options: list[tuple[int, Option]]) -> None:
     head = say("next")
-    if options:
+    shown = [(n, lines) for n, o in options if (lines := [x for x in (o.quantize, o.serve) if x])]
+    if shown:
         screen.line()
-    for n, option in options:
-        lines = [x for x in (option.quantize, option.serve) if x]
+    for n, lines in shown:
         for m, line in enumerate(lines):
             label = f"{n:2}  " if m == 0 else "    "
-            first = n == options[0][0] and m == 0
-            screen.line((f"  {pad(head if first else '', 4)} {label}", "bold"), (safe(line), "magenta"))
+            screen.line((f"  {pad(head, 4)} {label}", "bold"), (safe(line), "magenta"))
+            head = ""
 
 
 def what_said(advice: Advice) -> str:

@@ -8,7 +8,7 @@ from doctor.core.messages import _
 from doctor.core.recipe import Recipe
 from doctor.core.tables import table
 from doctor.formats.registry import format_of
-from doctor.plan.launch import cache_flags, launch
+from doctor.plan.launch import cache_flags, launch, run_in_exllamav2
 from doctor.plan.runtimes import in_force, reads
 from doctor.plan.serving import groups_of, schemes, serves, stated
 from doctor.report.screen import Steps
@@ -28,8 +28,9 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: 
     if form.in_blocks:
         file = shlex.quote(str(output / gguf))
         return [*found, (f"llama-server -m {file}", _("serve it in llama.cpp"))]
-    if not form.client:
-        return found
+    if not form.client or recipe.runtime == "exllamav2":
+        what = _("run it in ExLlamaV2, on a GPU; TabbyAPI serves it")
+        return [*found, *([(run_in_exllamav2(str(output)), what)] if served_by("exllamav2", recipe) else [])]
     name = recipe.runtime if recipe.runtime == "sglang" else "vllm"
     if served_by(name, recipe):
         what = _("serve it in SGLang") if name == "sglang" else _("serve it in vLLM")
@@ -51,16 +52,19 @@ def commands(original: str, output: Path, recipe: Recipe, gguf: str = "", kind: 
 def _for_two_halves(output: Path, libraries: str, kind: str) -> Steps:
     """How transformers runs a model of an encoder and a decoder; [] for an encoder, which has many uses."""
     folder = json.dumps(str(output), ensure_ascii=False)
+    # compressed-tensors unpacks at the first call of the whole model, and generate calls the encoder alone before that.
     if kind == "encoder-decoder":
         code = (
-            "from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; "
-            f"t, m = T.from_pretrained({folder}), M.from_pretrained({folder}); "
+            "from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T, CompressedTensorsConfig as C; "
+            f"t, m = T.from_pretrained({folder}), M.from_pretrained({folder}, "
+            "quantization_config=C(run_compressed=False)); "
             'print(t.decode(m.generate(**t("Hello", return_tensors="pt"))[0]))'
         )
     elif kind == "audio":
         code = (
-            "from transformers import pipeline; "
-            f'print(pipeline("automatic-speech-recognition", {folder})("speech.wav"))'
+            "from transformers import CompressedTensorsConfig as C, pipeline; "
+            f'print(pipeline("automatic-speech-recognition", {folder}, '
+            'model_kwargs={"quantization_config": C(run_compressed=False)})("speech.wav"))'
         )
     else:
         return []

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass
 
 from doctor.core.messages import Message, _, plural
+from doctor.core.records import ORIGINAL_BROKEN
 from doctor.lint.engine import Report
 from doctor.lint.rule import AREAS
 from doctor.locale.catalogue import counted, say, translated
@@ -51,6 +52,8 @@ def _ending(report: Report, good: bool, plan: str) -> Message:
     """The sentence for a good or a bad end of a check, a quantization or a comparison."""
     if (compared := report.extra.get("comparison")) and good and not report.linears:
         return closeness(compared, plan)
+    if compared and not good and all(f.code == ORIGINAL_BROKEN for f in report.at_or_above("error")):
+        return _("no verdict on {plan}: the original itself is broken", plan=plan)
     if (compared and not report.linears) or report.extra.get("own_measure"):
         return _("agrees with its original: {plan}" if good else "does not agree with its original: {plan}", plan=plan)
     if tried := report.extra.get("preflight"):
@@ -261,12 +264,14 @@ def _established(name: str, report: Report, runs: list) -> str:
             tensors=tensors,
         ),
         "Tensors": say("{tensors} as config.json asks", tensors=tensors),
-        "Config": say("{what}, {n} layers", what=s.get("architecture") or "config.json", n=s.get("blocks") or "?"),
+        "Config": say("{what}, {n} layers", what=s.get("architecture") or "config.json", n=s["blocks"])
+        if s.get("blocks")  # a model of an encoder and a decoder has two numbers of them
+        else s.get("architecture") or "config.json",
         "Tokenizer": say("tokenizer and special tokens agree with config.json"),
         "Weights": _read(report),
         "Geometry": say(
             "{linears} fit {plan}",
-            linears=counted("{n:,} linear", "{n:,} linears", s["linears"]),
+            linears=counted("{n:,} linear", "{n:,} linears", max(0, s["linears"] - _kept(report))),
             plan=plan_label(report),
         )
         if s.get("linears")
@@ -289,6 +294,11 @@ def _established(name: str, report: Report, runs: list) -> str:
         if text
         else say("{rules} on {subjects}", rules=judged, subjects=counted("{n:,} subject", "{n:,} subjects", subjects))
     )
+
+
+def _kept(report: Report) -> int:
+    """Linears that a run left in 16 bits."""
+    return sum(found["outcome"] == "kept" and found.get("role") != "experts" for found in report.linears)
 
 
 def _why_skipped(runs: list, known: str) -> str:

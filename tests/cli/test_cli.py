@@ -436,7 +436,7 @@ def test_verify_and_kvcache_pass_their_options(run, called):
         "rows": "3",
         "device": "auto",
     }
-    run("kvcache", "a", "--context", "4096", "--memory", "24GB", "--measure")
+    run("kvcache", "a", "--context", "4k", "--memory", "24GB", "--measure")
     assert (
         seen[-1][1].pop("progress")
         and seen[-1][1].pop("say")

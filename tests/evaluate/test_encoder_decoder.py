@@ -16,6 +16,7 @@ from doctor.formats.schemes import fields_of
 from doctor.quant.client import Client
 from doctor.quant.early import refused_by_headers
 from doctor.quant.quantize import quantize
+from doctor.report.formats.terminal import render
 
 ROWS = "".join(json.dumps({"input_ids": [(7 * i + 5 * j) % 80 + 3 for j in range(32)]}) + "\n" for i in range(3))
 CLASSES = {
@@ -23,6 +24,9 @@ CLASSES = {
     "t5": Row("T5ForConditionalGeneration"),
     "whisper": Row("WhisperForConditionalGeneration"),
 }
+
+SIDE = {"layers": 1, "attention_heads": 2, "ffn_dim": 64}
+SMALL = {"vocab_size": 96, "d_model": 32, "max_position_embeddings": 64, "pad_token_id": 0, "decoder_start_token_id": 0}
 
 
 def in_this_process():
@@ -46,6 +50,19 @@ def states(folder, ids):
     return out.decoder_hidden_states[-1][0]
 
 
+def the_printed_line_generates(folder):
+    """With a stand-in for the tokenizer, which the tiny class has none of: the rest is what is printed."""
+    import shlex
+
+    from doctor.report.after import commands
+
+    steps = commands("m", folder, Recipe(**fields_of("FP8_DYNAMIC", {"method": "rtn"})), kind="encoder-decoder")
+    code = shlex.split(steps[1][0])[2].replace("AutoTokenizer as T, ", "")
+    words = {"input_ids": torch.arange(3, 19)[None]}
+    tokenizer = type("T", (), {"__call__": lambda self, *a, **k: words, "decode": lambda self, ids: len(ids)})()
+    exec(code, {"T": type("T", (), {"from_pretrained": staticmethod(lambda folder: tokenizer)})})
+
+
 @pytest.mark.parametrize("scheme, name", [("FP8_DYNAMIC", "bart"), ("NVFP4A16", "t5"), ("INT8", "whisper")])
 def test_both_halves_are_rounded_load_and_compute_what_the_source_does(scheme, name, tmp_path):
     pytest.importorskip("compressed_tensors")
@@ -56,23 +73,47 @@ def test_both_halves_are_rounded_load_and_compute_what_the_source_does(scheme, n
     sides = {line["name"].split(".")[0 if name == "t5" else 1] for line in done.linears if line["outcome"] == "rtn"}
     assert sides == {"encoder", "decoder"} and not [x for x in done.linears if x["outcome"] != "rtn"]
     assert not {"O617", "O623"} & {f.code for f in done.report.findings}  # it loads whole
-    found = verify(source, tmp_path / "q", text=tmp_path / "rows.jsonl", rows=3, context=32).extra["own_measure"]
+    report = verify(source, tmp_path / "q", text=tmp_path / "rows.jsonl", rows=3, context=32)
+    assert "  decoder states  cosine" in render([report], width=200)
+    found = report.extra["own_measure"]
     assert found["kind"] == "sequence" and found["cosine"] > 0.95 and not found["nonfinite_quantized"]
     if name == "bart":
+        the_printed_line_generates(tmp_path / "q")
         ids = torch.tensor([json.loads(ROWS.splitlines()[0])["input_ids"]])
         theirs = [torch.nn.functional.cosine_similarity(states(source, ids), states(tmp_path / "q", ids), dim=-1)]
         first = verify(source, tmp_path / "q", text=tmp_path / "rows.jsonl", rows=1, context=32).extra["own_measure"]
         assert abs(float(theirs[0].mean()) - first["cosine"]) < 0.002
 
 
+@pytest.mark.parametrize("name", ["Marian", "M2M100"])
+def test_positions_that_a_class_computes_and_never_saves_are_its_own(name, tmp_path):
+    import transformers
+
+    from doctor.evaluate.encoder_decoder import decoder_states
+
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIDE.items()}
+    config = getattr(transformers, f"{name}Config")(**SMALL, **sides)
+    torch.manual_seed(0)
+    class_ = {"Marian": "MarianMTModel"}.get(name, f"{name}ForConditionalGeneration")
+    getattr(transformers, class_)(config).save_pretrained(tmp_path)
+    ids = torch.arange(3, 35)[None]
+    own, _again = decoder_states(Checkpoint.open(tmp_path), Checkpoint.open(tmp_path), [ids])[0]
+    assert float((own - states(tmp_path, ids)).abs().max()) < 1e-5
+
+
 def test_a_scheme_that_runs_the_model_is_refused_by_headers_with_the_way_out(tmp_path):
     source = save_class(CLASSES["t5"], tmp_path / "m")
     report = refused_by_headers(Checkpoint.open(source), tmp_path / "q", Recipe(group_size=32))
-    found = next(f for f in report.findings if f.code == "G330")
+    found = next(f for f in report.findings if f.code == "G336")
     assert "needs to run it" in found.message and "--scheme FP8_DYNAMIC" in found.advice
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": 6000}))
+    found = {f.code: f.consequence_of for f in check(source, Recipe(group_size=32)).findings}
+    assert found["G336"] == found["C103"] == ""  # neither explains the other: the id is wrong with any recipe
+    (source / "config.json").write_text(json.dumps(config))
     plan = Recipe(**fields_of("FP8_DYNAMIC", {}))
     assert refused_by_headers(Checkpoint.open(source), tmp_path / "q", plan) is None
-    assert "G330" not in {f.code for f in check(source, plan).findings}
+    assert not {"G330", "G336"} & {f.code for f in check(source, plan).findings}
 
 
 def test_a_parameter_without_a_tensor_is_named(tmp_path):

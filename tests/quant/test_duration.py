@@ -87,6 +87,15 @@ def test_a_plan_says_the_time_of_each_step(tmp_path):
     assert refused.problems and refused.seconds is None  # a run that cannot begin takes no time
 
 
+def test_a_plan_says_what_rules_find_unless_fixes_are_asked_for(tmp_path):
+    folder, recipe = tiny("llama").write(tmp_path / "m"), Recipe(group_size=48)
+    plan = api.plan_quantize(folder, tmp_path / "out", recipe, rows=16, device="cpu")
+    assert {str(problem)[:5] for problem in plan.problems} == {"G301:"} and plan.seconds is None
+    assert plan.lines()[-1].startswith("would fail: G301: ")
+    fixed = api.plan_quantize(folder, tmp_path / "out", recipe, rows=16, device="cpu", fixed=True)
+    assert not fixed.problems and fixed.seconds
+
+
 def test_a_plan_of_a_7b_shape_on_a_card_says_what_tuning_takes(tmp_path, monkeypatch):
     """A card of 60 T float32 operations a second, two a product: an H100 as it is sold."""
     card = Rates(wide=3e13, narrow=1e11, solving=5e12, reading=2e9, writing=1e9)

@@ -89,7 +89,7 @@ COMPARED = {
     "tuned link": (("tune", "linked", "--to", "good", "-o", "out"), "F019"),
     "tuned floats": (("tune", "strange", "--to", "good", "-o", "out"), "strange: holds no packed linears"),
     "converted link": (("convert", "linked", "--format", "bf16", "-o", "out"), "F019"),
-    "cache": (("kvcache", "good", "--context", "0"), "--context 0: must be 1 or more"),
+    "cache": (("kvcache", "good", "--context", "0"), "'0' is not a number of tokens; write 32768 or 32k"),
     "measured family": (("kvcache", "strange", "--measure"), "'zebra9' is not defined"),
     "planned": (("quantize", "good", "--plan", "--memory", "24", "-o", "out"), "must have a unit"),
 }

@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,12 @@ def test_a_card_of_any_kind_gives_one_that_can_be_read(card, kept, source, tmp_p
     assert {k: front[k] for k in kept} == kept and front["library_name"] == "transformers"
 
 
+def test_a_card_names_no_library_that_does_not_read_the_format(source, tmp_path):
+    api.quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32, format="exl2"), client=None)
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert "library_name" not in front
+
+
 def test_the_base_model_is_named_where_the_files_name_it(source, tmp_path):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "org/base-1.5B"}))
@@ -154,6 +161,43 @@ def test_the_next_commands_are_those_of_a_reader(fields, engine):
     steps = after.commands("model", Path("out"), Recipe(**fields), "m.gguf")
     assert steps[0][0] == "doctor verify model out" and steps[1][0].startswith(engine)
     assert ("vllm serve" in steps[1][0]) == ("vllm" in engine)
+
+
+@pytest.mark.parametrize("fields", [{"format": "exl2"}, {"runtime": "exllamav2"}], ids=["EXL2", "GPTQ"])
+def test_the_line_for_exllamav2_calls_it_as_it_is(fields):
+    """Its classes at version 0.3.2, with stand-ins: it runs on GPUs alone. What is called is what there is."""
+    steps = after.commands("model", Path("it's"), Recipe(group_size=64, **fields))
+    assert [command.split()[0] for command, _what in steps] == ["doctor", "python"]
+    code, seen = shlex.split(steps[1][0])[2], []
+
+    class Stub:
+        def __init__(self, *args, **kwargs):
+            seen.append((type(self).__name__, [type(x).__name__ if isinstance(x, Stub) else x for x in args], kwargs))
+
+        def load_autosplit(self, cache):
+            seen.append(("load", [type(cache).__name__], {}))
+
+        def generate(self, prompt, max_new_tokens, add_bos):
+            seen.append(("generate", [prompt], {}))
+
+    names = [f"ExLlamaV2{what}" for what in ("", "Cache", "Config", "Tokenizer", "DynamicGenerator")]
+    stubs = {name: type(name, (Stub,), {}) for name in names}
+    modules = {"exllamav2": types.ModuleType("exllamav2"), "exllamav2.generator": types.ModuleType("generator")}
+    for module in modules.values():
+        module.__dict__.update(stubs)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        exec(code, {})
+    assert seen == [
+        ("ExLlamaV2Config", ["it's"], {}),
+        ("ExLlamaV2", ["ExLlamaV2Config"], {}),
+        ("ExLlamaV2Cache", ["ExLlamaV2"], {"max_seq_len": 2048, "lazy": True}),
+        ("load", ["ExLlamaV2Cache"], {}),
+        ("ExLlamaV2Tokenizer", ["ExLlamaV2Config"], {}),
+        ("ExLlamaV2DynamicGenerator", ["ExLlamaV2", "ExLlamaV2Cache", "ExLlamaV2Tokenizer"], {"paged": False}),
+        ("generate", ["Hello"], {}),
+    ]
 
 
 @pytest.mark.parametrize("width", [80, 120])

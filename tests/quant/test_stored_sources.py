@@ -13,6 +13,7 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.recipe import Recipe
 from doctor.quant.dequantize import as_float
 from doctor.quant.forward.prefetch import load_tensor
+from doctor.report.verdict import verdict
 
 FAMILY = {"mxfp4": "gpt_oss", "int4-experts": "qwen3_moe"}
 APART = {"fp8-block": 0.04, "fp8-channel": 0.04, "bitsandbytes": 0.12, "int4-experts": 0.12}  # four-bit floats: 0.15
@@ -59,6 +60,7 @@ def test_verify_compares_with_what_the_codes_stand_for(tmp_path):
     report = api.verify(source, done.output, rows=2, context=32, memory=0)
     assert report.extra["comparison"]["kl_mean"] < 1e-3
     assert [f.code for f in report.findings if f.severity == "error"] == ["O606"]  # random weights guess
+    assert verdict(report)[1].startswith("no verdict on ")  # it says nothing of what was quantized
 
 
 def test_a_plan_counts_what_the_codes_stand_for(tmp_path):

@@ -456,6 +456,14 @@ def test_results_of_a_run_and_of_a_comparison_are_shown_even_when_they_are_no_nu
         assert "&lt;b&gt;p" in page and "max 2 %" in page and page.count('<rect class="bad"') == 1
 
 
+def test_linears_that_stayed_in_16_bits_are_not_said_to_fit():
+    linears = [
+        {"outcome": outcome, "role": role} for outcome, role in (("gptq", "q"), ("kept", "k"), ("kept", "experts"))
+    ]
+    judged = make_report(linears=linears)
+    assert "209 linears fit" in verdict._established("Geometry", judged, judged.runs)
+
+
 def test_the_verdict_is_worded_for_what_was_asked():
     assert verdict.verdict(make_report(linears=[{"outcome": "gptq"}]))[1] == "quantized to gptq 4-bit g128"
     assert (

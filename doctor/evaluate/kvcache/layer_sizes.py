@@ -9,6 +9,7 @@ half of them state it only in their class's defaults.
 
 from typing import Any
 
+from doctor.checkpoint.special_numbers import with_numbers
 from doctor.core.errors import BadCheckpoint, PlanRefused
 from doctor.core.messages import _
 from doctor.core.tables import table
@@ -101,7 +102,7 @@ class _Reader:
             return None
         stated = {k: v for k, v in self.config.items() if k not in ("auto_map", "quantization_config")}
         try:
-            return CONFIG_MAPPING[self.spec.model_type].from_dict(stated)
+            return CONFIG_MAPPING[self.spec.model_type].from_dict(with_numbers(stated))
         except Exception as error:  # its validators raise whatever they like; the written keys are still there
             self.notes.append(
                 _(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from doctor.checkpoint.directory import Checkpoint
+from doctor.checkpoint.special_numbers import with_numbers
 from doctor.core.errors import BadCheckpoint, NotQuantizable
 from doctor.core.messages import _
 from doctor.model.spec import ModelSpec
@@ -133,7 +134,7 @@ def config_of(stated: Mapping[str, Any]) -> Any:
             _("Install a transformers that has it: code that comes with a checkpoint is never run."),
         )
     return CONFIG_MAPPING[kind].from_dict(
-        _numbers({k: v for k, v in stated.items() if k not in ("auto_map", "quantization_config")})
+        with_numbers({k: v for k, v in stated.items() if k not in ("auto_map", "quantization_config")})
     )
 
 
@@ -169,17 +170,6 @@ def _language_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False)
     base: Any = base_class_of(config)
     return HeadedModel(base._from_config(config, **options), config)
-
-
-def _numbers(value: object) -> object:
-    """A config with {"__float__": "Infinity"}, transformers' spelling of what JSON has no number for, as that
-    number.
-    """
-    if isinstance(value, dict):
-        return (
-            float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
-        )
-    return [_numbers(v) for v in value] if isinstance(value, list) else value
 
 
 def _require_finite_work(section: dict) -> None:

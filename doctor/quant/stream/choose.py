@@ -12,12 +12,12 @@ from doctor.core.messages import _
 from doctor.core.recipe import Recipe, is_kept
 from doctor.core.records import OUTSIDE_LINEARS, STACKED_EXPERTS
 from doctor.core.store import Store
-from doctor.model.fused_experts import FusedExperts, find_fused_experts, unfuse
+from doctor.model.fused_experts import FusedExperts, find_fused_experts, holds_experts, unfuse
 from doctor.model.linears import Linear
 from doctor.model.spec import ModelSpec
 from doctor.quant.client import Linears
-from doctor.quant.records import FUSED_EXPERTS, Record, kept, record
-from doctor.quant.selection import names_in_config, require_widths, stays_unasked, why_kept
+from doctor.quant.records import Record, kept, record
+from doctor.quant.selection import names_in_config, require_widths, stays_unasked, whole_experts, why_kept
 from doctor.quant.vision import vision_linears
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -72,7 +72,7 @@ def choose(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe, linears: Lin
             staying.append(record(linear, kept(recipe, reason), None, 0.0))
         else:
             rounded[linear.tensor] = linear
-    staying += _fused(view, {x.tensor for x in spec.linears}, fused, recipe)
+    staying += _fused(view, spec, {x.tensor for x in spec.linears}, fused, recipe)
     names = [name for found in staying for name in names_in_config(found, fused, recipe)]
     reason = _("not in a decoder layer that calibration runs through")
     staying += [record(x, kept(recipe, reason), None, 0.0) for x in outside]
@@ -90,21 +90,15 @@ def _layers(spec: ModelSpec) -> int | None:
     return max(stated, default=None)
 
 
-def _fused(view: Checkpoint, known: set[str], fused: Mapping[str, FusedExperts], recipe: Recipe) -> list[Record]:
-    """Records of 3-D tensors of experts that stay whole."""
+def _fused(
+    view: Checkpoint, spec: ModelSpec, known: set[str], fused: Mapping[str, FusedExperts], recipe: Recipe
+) -> list[Record]:
+    """Records of tensors of several experts that stay whole."""
     found = []
     for name, info in view.tensors.items():
         block = re.search(r"\.(\d+)\.", name)
-        shape = info.shape
-        if block is None or name in known or not re.search("expert|moe", name):
-            continue
-        if len(shape) != 3 or min(shape[1:]) < 2:
-            continue
-        module = name.removesuffix(".weight")
-        why = fused[module].why if module in fused else _("no known form of fused experts fits it")
-        reason = _("{n} experts in one tensor {shape}; {why}", n=shape[0], shape=list(shape), why=why)
-        linear = Linear(module, name, FUSED_EXPERTS, int(block[1]), shape[2], shape[1])
-        found.append(record(linear, kept(recipe, reason), None, 0.0))
+        if block and name not in known and holds_experts(info, spec.hidden):
+            found.append(whole_experts(info, fused, recipe, int(block[1])).record)
     return found
 
 

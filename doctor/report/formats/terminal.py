@@ -297,8 +297,9 @@ def _box(screen: Screen, report: Report, found: list[Group]) -> None:
 def _results(screen: Screen, report: Report) -> bool:
     """Numbers of a quantization or a comparison."""
     lines = results.results(report)
+    wide = max((12, *(cell_len(label) + 2 for label, _text in lines)))
     for label, text in lines:
-        screen.hang(styled(("  " + pad(label, 12), "bold")), Text(text))
+        screen.hang(styled(("  " + pad(label, wide), "bold")), Text(text))
     return bool(lines)
 
 

@@ -220,6 +220,12 @@ def test_the_printed_commands_are_understood(seven):
             command.make_context("quantize", shlex.split(option.quantize)[2:], resilient_parsing=True)
 
 
+@pytest.mark.parametrize("runtime", ["vllm", "transformers", "exllamav2"])
+def test_the_commands_have_one_head_also_where_the_first_row_has_none(seven, runtime):
+    said = render_advice(advise(seven, memory=80 * GIB, runtime=runtime))
+    assert [line.startswith("  next  ") for line in said.splitlines()].count(True) == 1
+
+
 def test_no_heavy_module_is_imported_and_nothing_fitting_exits_1(seven):
     code = (
         "import sys\nfrom doctor.cli.main import main\n"

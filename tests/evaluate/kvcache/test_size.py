@@ -151,6 +151,13 @@ def test_state_space_layers_beside_attention():
     assert shape.layers[0].state_bytes == 4 * 8192 * 256 + 2 * (8192 + 512) * 3
 
 
+def test_infinity_as_transformers_spells_it_is_no_unreadable_config():
+    spelled = config("bamba", 4, 32, 8, attn_layer_indices=[3], time_step_limit=[0.0, {"__float__": "Infinity"}])
+    shape = layout(spelled)
+    assert not shape.notes
+    assert [x.kind for x in shape.layers] == ["state", "state", "state", "full"]
+
+
 def test_shared_caches_and_other_heads_in_full_layers():
     gemma4 = config(
         "gemma4_text",
