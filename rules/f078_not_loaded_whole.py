@@ -54,15 +54,6 @@ def not_loaded_whole(checkpoint, rehearsal, spec, recipe, tensors, quantization_
             **values,
         )
         yield finding(text, severity=severity, evidence=evidence, advice=advice)
-    elif proof.unexpected:
-        text = plural(
-            "{client} has no parameter of {name} for {n:,} tensor, {first}",
-            "{client} has no parameter of {name} for {n:,} tensors, first {first}",
-            len(proof.unexpected),
-            first=listed(proof.unexpected[:SHOWN]),
-            **values,
-        )
-        yield finding(text, severity="info", evidence=evidence, advice=_("nothing, if they are not meant for it"))
 
 
 def _method(raw, file, _pointer):
