@@ -20,7 +20,7 @@ Sources: casper-hansen/AutoAWQ awq/quantize/quantizer.py:77; vllm-project/llm-co
 src/llmcompressor/modifiers/quantization/group_size_validation.py; intel/auto-round issue 388.
 """
 
-from doctor.lint.rule import Fix, Place, SetRecipe, _, finding, keep_edits, listed, plural, rule, size_key
+from doctor.lint.rule import Fix, Place, SetRecipe, _, finding, keep_edits, listed, plural, rule, shown_role, size_key
 from doctor.lint.testing import tiny
 
 ROLES = " q k v qkv o gate up gate_up down "  # the order in which a decoder layer uses them
@@ -39,7 +39,7 @@ def group_size_indivisible(checkpoint, layout, spec, recipe):
     sizes = {linear.in_features for linear in layout.linears}
     fitting = [g for g in GROUP_SIZES if g < group and not any(size % g for size in sizes)]
     for width, linears in sorted(widths.items()):
-        roles = sorted({linear.role for linear in linears}, key=lambda role: (ROLES.find(f" {role} "), role))
+        roles = sorted({shown_role(x.role, x.name) for x in linears}, key=lambda role: (ROLES.find(f" {role} "), role))
         keys = [key for linear in linears if (key := size_key(spec, linear.name, 1))]
         at = Place(
             "config.json",

@@ -22,7 +22,20 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/gptq.py (crea
 issues 63 and 258; QwenLM/Qwen2 docs/source/quantization/gptq.md.
 """
 
-from doctor.lint.rule import ROW_PARALLEL, Fix, Place, _, axis_expression, finding, fits, grown, resized, rule, size_key
+from doctor.lint.rule import (
+    ROW_PARALLEL,
+    Fix,
+    Place,
+    _,
+    axis_expression,
+    finding,
+    fits,
+    grown,
+    resized,
+    rule,
+    shown_role,
+    size_key,
+)
 from doctor.lint.testing import tiny
 
 TPS = (1, 2, 4, 8)  # the GPU counts people rent
@@ -44,7 +57,11 @@ def group_count_indivisible_by_tp(checkpoint, layout, spec, recipe, tensors):
     for (key, role), linears in misfits.items():
         width = max(linear.in_features for linear in linears)
         where = Place("config.json", pointer=spec.at(key or "num_attention_heads"), note=_factors(width, group))
-        name = key if key and spec.lookup(key) == width else _("in_features of {role}", role=role)
+        name = (
+            key
+            if key and spec.lookup(key) == width
+            else _("in_features of {role}", role=shown_role(role, linears[0].name))
+        )
         fix = None if layout.quantized or not key else _padding(checkpoint, spec, tensors, key, linears, group * tp)
         others = [g for g in OTHER_GROUPS if g < group and not width % (g * tp)]
         recipe_change = (

@@ -18,7 +18,7 @@ Sources: ModelCloud/GPTQModel nn_modules/qlinear/__init__.py (pack_block); caspe
 awq/modules/linear/gemm.py.
 """
 
-from doctor.lint.rule import Fix, Place, _, finding, keep_edits, plural, rule
+from doctor.lint.rule import Fix, Place, _, finding, keep_edits, plural, rule, shown_role
 from doctor.lint.testing import tiny
 
 
@@ -28,7 +28,9 @@ def packing_indivisible(checkpoint, layout):
     misfits: dict[tuple, list] = {}
     for linear in layout.linears:
         if not layout.quantized and (linear.in_features % unit_in or linear.out_features % unit_out):
-            misfits.setdefault((linear.role, linear.in_features, linear.out_features), []).append(linear)
+            misfits.setdefault(
+                (shown_role(linear.role, linear.name), linear.in_features, linear.out_features), []
+            ).append(linear)
     for (role, width, height), linears in misfits.items():
         side, size, unit = ("in_features", width, unit_in) if width % unit_in else ("out_features", height, unit_out)
         yield finding(

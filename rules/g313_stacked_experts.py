@@ -38,7 +38,8 @@ def stacked_experts(checkpoint, layout, spec, tensors, stacks, recipe):
             held = len(info.shape) == 3 and info.dtype.is_float and any(t.pattern.match(info.name) for t in templates)
             reason = why.get(info.name, _("its shape is not the family's"))
         else:
-            held, reason = holds_experts(info, spec.hidden) and not is_kept(recipe, info.name), UNKNOWN
+            rows_of_all = len(info.shape) == 2 and holds_experts(info, spec.hidden)
+            held, reason = rows_of_all and not is_kept(recipe, info.name), UNKNOWN
         if held and reason not in ("", ASKED):
             stays.setdefault(reason, []).append(info)
     whole = sum(info.numel for info in tensors.values())

@@ -17,7 +17,7 @@ Sources: vllm-project/vllm vllm/model_executor/layers/quantization/utils/fp8_uti
 
 from dataclasses import replace
 
-from doctor.lint.rule import Fix, Place, _, finding, keep_edits, plural, rule
+from doctor.lint.rule import Fix, Place, _, finding, keep_edits, plural, rule, shown_role
 from doctor.lint.testing import tiny
 
 
@@ -27,7 +27,7 @@ def tile_indivisible(checkpoint, layout, recipe):
     misfits: dict[tuple, list] = {}
     for linear in layout.linears:
         if linear.out_features % height_of_tile:
-            misfits.setdefault((linear.role, linear.out_features), []).append(linear)
+            misfits.setdefault((shown_role(linear.role, linear.name), linear.out_features), []).append(linear)
     for (role, height), linears in misfits.items():
         yield finding(
             plural(

@@ -22,27 +22,35 @@ Sources: rules/tables/stacks.toml; huggingface/transformers src/transformers/mod
 (GptOssExperts); src/transformers/models/llama4/modeling_llama4.py (Llama4TextExperts).
 """
 
-from doctor.lint.rule import _, finding, rule
+from doctor.lint.rule import _, finding, plural, rule
 from doctor.lint.testing import measured
 
 
 @rule("Q416", "warning")
 def stacked_experts_kept(checkpoint, stacked_experts):
+    alike: dict[str, list[str]] = {}
     for name, why in stacked_experts:
+        alike.setdefault(why, []).append(name)
+    for why, names in alike.items():
         yield finding(
-            _("{tensor} stays in 16 bits: {reason}", tensor=name, reason=why),
+            plural(
+                "{first} stays in 16 bits: {reason}",
+                "{n:,} tensors of experts stay in 16 bits, first {first}: {reason}",
+                len(names),
+                first=names[0],
+                reason=why,
+            ),
+            evidence={"tensors": names[:100]},
             advice=_("choose a format, a group size or a runtime for which the experts can be unfused"),
         )
 
 
 def bad():
     case = measured()
-    case.put(
-        "checkpoint:",
-        "stacked_experts",
-        (("model.layers.0.mlp.experts.down_proj", "8 experts in one tensor [8, 64, 32]"),),
-    )
-    return case, "model.layers.0.mlp.experts.down_proj stays in 16 bits: 8 experts in one tensor [8, 64, 32]"
+    why = "8 experts in one tensor [8, 64, 32]"
+    names = [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]
+    case.put("checkpoint:", "stacked_experts", tuple((name, why) for name in names))
+    return case, f"2 tensors of experts stay in 16 bits, first {names[0]}: {why}"
 
 
 def good():

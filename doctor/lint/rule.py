@@ -87,7 +87,7 @@ from doctor.model.directory_kind import HALVES, KINDS  # noqa: F401 - declares t
 from doctor.model.expressions import keys_of  # noqa: F401
 from doctor.model.fused_experts import holds_experts  # noqa: F401
 from doctor.model.gguf_names import architecture_in, unwritable  # noqa: F401
-from doctor.model.linears import BUFFERS, ROW_PARALLEL, Linear, is_router  # noqa: F401
+from doctor.model.linears import BUFFERS, ROW_PARALLEL, Linear, is_router, shown_role  # noqa: F401
 from doctor.model.lora import ADAPTER, NotMergeable, pairs, product, saved_whole  # noqa: F401
 from doctor.model.misnamed import Misnamed  # noqa: F401 - declares the fact `misnamed` too
 from doctor.model.prefixes import WrongPrefix, wrong_prefix  # noqa: F401

@@ -43,6 +43,13 @@ QUANTIZABLE = frozenset(
 ROW_PARALLEL = frozenset({"o", "down", "linear_attn_out"})
 
 
+def shown_role(role: str, name: str) -> str:
+    """A role as a message says it: of layers with a state (Mamba, linear attention) the linear's own name, as in_proj;
+    families call them by no common word.
+    """
+    return name.rpartition(".")[2] if role.startswith("linear_attn") else role
+
+
 class Linear(NamedTuple):
     """A module with a 2-D weight that can be quantized. block: its decoder layer, None outside. transposed: stored [in,
     out], as Conv1D does. expert: its number in a mixture of experts.

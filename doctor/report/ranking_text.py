@@ -70,6 +70,8 @@ def _verdict(found: Ranking) -> tuple[str, str]:
             name=best.name,
             others=", ".join(same),
         )
+    if not any(number(d.apart.kl_span[0]) for d in differences):
+        return "warning", say("too few rows to tell the models apart: no spread is known")
     return "warning", say("no difference that is larger than the spread")
 
 
@@ -103,6 +105,8 @@ def _difference(best: Contender, found: Difference) -> str:
         return say(
             "{name} against {best}: KL {kl}, perplexity {ratio}, same top token {top1}: larger than the spread", **said
         )
+    if not number(d.kl_span[0]):
+        return say("{name} against {best}: KL {kl}, perplexity {ratio}, same top token {top1}", **said)
     return say("{name} against {best}: KL {kl}, perplexity {ratio}, same top token {top1}: within the spread", **said)
 
 

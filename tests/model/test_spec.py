@@ -1,9 +1,11 @@
 import pytest
 from healthy_models import save
 
+from doctor.api import check
 from doctor.checkpoint.directory import Checkpoint
 from doctor.checkpoint.dtypes import DTYPES
 from doctor.checkpoint.safetensors import TensorInfo
+from doctor.core.recipe import Recipe
 from doctor.lint.testing import FAMILIES, tiny
 from doctor.model.expressions import evaluate
 from doctor.model.spec import build_spec
@@ -221,3 +223,10 @@ def test_layers_that_are_listed_as_two_are_counted_as_transformers_counts_them()
     assert found.config["layer_types"] == ["sliding_attention", "full_attention"]
     other = build_spec({"num_hidden_layers": 4, "layer_types": ["mamba", "mlp", "mlp", "mamba"]}, {})
     assert other.n_layers == 4
+
+
+def test_no_message_says_the_role_of_a_layer_with_a_state_but_its_linear_s_name(tmp_path):
+    folder = save("falcon_h1", tmp_path)
+    found = check(folder, Recipe(group_size=48), stage="header").findings
+    said = " ".join(f"{f.message} {f.advice} {f.fix.title if f.fix else ''}" for f in found)
+    assert "in_proj" in said and "linear_attn" not in said

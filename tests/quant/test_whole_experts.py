@@ -40,11 +40,10 @@ def test_a_run_names_every_tensor_of_experts_that_it_keeps(dbrx, tmp_path, recip
     options = {"calibration": text, "max_seq_length": 64} if recipe.calibrated else {}
     result = api.quantize(dbrx, tmp_path / "o", recipe, tune="off", **options)
     found = sorted(f.message for f in result.report.findings if f.code == "Q416")
-    assert result.output and len(found) == 6
-    assert found[0] == (
-        "transformer.blocks.0.ffn.experts.mlp.v1 stays in 16 bits: experts in one tensor [256, 64]; "
-        "no known form of fused experts fits it"
-    )
+    assert result.output and len(found) == 1  # however many layers there are
+    first = "6 tensors of experts stay in 16 bits, first transformer.blocks.0.ffn.experts.mlp."
+    assert found[0].startswith(first)
+    assert found[0].endswith(": experts in one tensor [256, 64]; no known form of fused experts fits it")
 
 
 def test_a_check_says_it_beforehand_unless_they_are_kept_by_name(dbrx):
