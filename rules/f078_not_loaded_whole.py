@@ -34,6 +34,10 @@ def not_loaded_whole(checkpoint, rehearsal, spec, recipe, tensors, quantization_
         raise Unavailable(_("transformers does not read files of this format"))
     if proof is None or proof.reason:
         raise Unavailable(proof.reason if proof else _("transformers was not asked about the files"))
+    if quantization_block and proof.refused:  # without a GPU transformers unpacks FP8 and MXFP4 by other code
+        raise Unavailable(
+            _("{client} refuses the files on this machine: {error}", client=proof.client, error=proof.refused)
+        )
     if quantization_block and (problem := load_problem(proof, recipe, spec.model_type, tensors)):
         yield finding(problem.message, severity=problem.severity, evidence=problem.evidence)
         return

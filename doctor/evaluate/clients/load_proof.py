@@ -112,6 +112,9 @@ def as_record(answer: dict, differing: tuple[str, ...], compared: int) -> LoadPr
     kind = answer.get("kind")
     if kind == "refused":
         return LoadProof(client, architecture, refused=error)
+    if kind == "machine":
+        reason = _("this machine does not let {client} open the files: {error}", client=client, error=error)
+        return LoadProof(client, architecture, reason=reason)
     if kind == "library":
         return LoadProof(
             client,

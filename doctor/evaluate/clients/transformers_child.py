@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,7 @@ from doctor.quant.calibration.tokenizer import directory_of
 
 PACKED, SCALE = "weight_packed", "weight_scale"
 WORDS = "qweight"
+SMALL = 2 << 30  # bytes that are read where a format's code needs values to load
 EXPERT = re.compile(r"\.experts\.\d+\.")
 # Scales of an FP8 cache, which engines read; transformers keeps its cache in 16 bits and passes them over.
 CACHE_SCALE = re.compile(r"\.[qkv]_scale$")
@@ -126,17 +128,14 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
         if find_spec("accelerate") is None:  # transformers raises a ValueError, which says nothing against the files
             return answer | {"kind": "library", "error": "the meta device needs it (`pip install accelerate`)"}
         ask_for_plain_backend(config)
-        model, info = found.from_pretrained(
-            folder,
-            config=config,
-            output_loading_info=True,
-            device_map={"": "meta"},
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        model, info = load_headers(found, folder, config)
     except (ImportError, PackageNotFoundError) as error:
         return answer | {"kind": "library", "error": first_line(error)}
+    except (MemoryError, OSError) as error:
+        return answer | {"kind": "machine", "error": first_line(error) or type(error).__name__}
     except Exception as error:
+        if "Cannot allocate memory" in str(error):  # a file larger than what the machine maps at once
+            return answer | {"kind": "machine", "error": first_line(error)}
         return answer | {"kind": "refused", "error": f"{type(error).__name__}: {first_line(error)}"}
     cached = (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme") is not None
     answer |= {
@@ -155,6 +154,51 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
         answer["libraries"] = {"gptqmodel": version("gptqmodel")}
         write_gptq_sample(folder, model, packed, sample, out)
     return answer
+
+
+def load_headers(found: Any, folder: Path, config: Any) -> tuple[Any, Any]:
+    """(model on the meta device, loading_info) of a class, without a byte of its weights.
+
+    transformers reads every tensor, joins experts on the CPU and only then drops the values: a mixture of 470 GB takes
+    as long as its disk. Here its loader gets tensors of the same shape and type that hold nothing. Where a step of it
+    needs values, a small model is loaded as it is.
+    """
+    whole = {"output_loading_info": True, "trust_remote_code": False, "local_files_only": True}
+    load = partial(found.from_pretrained, folder, config=config, device_map={"": "meta"}, **whole)
+    with values_left_out() as patched:
+        try:
+            return load()
+        except Exception:
+            if not patched or sum(path.stat().st_size for path in folder.glob("*.safetensors")) > SMALL:
+                raise
+    return load()
+
+
+@contextlib.contextmanager
+def values_left_out() -> Iterator[bool]:
+    """Let transformers' loader make tensors from the shapes and types of headers; False where it has another form."""
+    import torch
+
+    try:
+        from safetensors.torch import _TYPES as types
+        from transformers import core_model_loading as loading
+
+        read = loading._materialize_copy
+    except (ImportError, AttributeError):
+        yield False
+        return
+
+    def described(tensor: Any, device: Any = None, dtype: Any = None) -> Any:
+        if hasattr(tensor, "get_shape") and tensor.get_dtype() in types:
+            tensor = torch.empty(tensor.get_shape(), dtype=types[tensor.get_dtype()], device="meta")
+            return tensor if dtype is None else tensor.to(dtype)
+        return read(tensor, device, dtype)
+
+    loading._materialize_copy = described
+    try:
+        yield True
+    finally:
+        loading._materialize_copy = read
 
 
 def has_scale_beside(module: Any) -> bool:

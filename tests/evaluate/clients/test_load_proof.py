@@ -3,6 +3,7 @@
 import json
 import os
 from importlib.resources import files
+from unittest import mock
 
 import jsonschema
 import pytest
@@ -11,7 +12,7 @@ from healthy_models import save
 from safetensors.torch import load_file, save_file
 
 from doctor.core.recipe import Recipe
-from doctor.evaluate.clients.load_proof import prove_loading
+from doctor.evaluate.clients.load_proof import as_record, prove_loading
 from doctor.evaluate.verify import verify
 from doctor.quant.quantize import quantize
 from doctor.report import render
@@ -134,3 +135,36 @@ def test_fix_lets_the_client_load_what_it_wrote(tmp_path, monkeypatch):
     monkeypatch.setattr(load_proof, "prove_loading", lambda folder: wrong)
     result = fix(tmp_path / "m", tmp_path / "again", Recipe(group_size=32))
     assert "O617" in {f.code for f in result.report.findings} and not result.report.ok
+
+
+def test_transformers_loads_shapes_and_types_and_reads_no_value(tmp_path):
+    """A mixture, whose experts transformers joins: its loader sees tensors on the meta device alone."""
+    import torch
+    from safetensors import safe_open
+    from transformers import core_model_loading as loading
+
+    from doctor.evaluate.clients import transformers_child as child
+
+    folder = save("qwen3_moe", tmp_path / "m")
+    read = loading._materialize_copy
+    with safe_open(folder / "model.safetensors", framework="pt") as file, child.values_left_out() as patched:
+        name = "model.embed_tokens.weight"
+        seen = loading._materialize_copy(file.get_slice(name), torch.device("cpu"), torch.float32)
+        assert patched and seen.is_meta and seen.dtype == torch.float32
+        assert list(seen.shape) == file.get_slice(name).get_shape()
+    assert loading._materialize_copy is read
+    answer = child.ask(folder, 0, None)
+    assert answer["missing"] == answer["unexpected"] == answer["mismatched"] == []
+    case = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".experts.1.up_proj" not in n}
+    save_file(case, folder / "model.safetensors", metadata={"format": "pt"})
+    assert child.ask(folder, 0, None).get("missing") or child.ask(folder, 0, None)["kind"] == "refused"
+
+
+def test_files_that_the_machine_cannot_map_say_nothing_against_them(tmp_path, monkeypatch):
+    from doctor.evaluate.clients import transformers_child as child
+
+    folder = save("llama", tmp_path / "m")
+    for error in (RuntimeError("unable to mmap 9 bytes from file <m>: Cannot allocate memory (12)"), MemoryError()):
+        monkeypatch.setattr(child, "load_headers", mock.Mock(side_effect=error))
+        proof = as_record(child.ask(folder, 0, None), (), 0)
+        assert not proof.refused and "this machine does not let" in str(proof.reason)
