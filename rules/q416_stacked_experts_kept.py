@@ -34,7 +34,7 @@ def stacked_experts_kept(checkpoint, stacked_experts):
     for why, names in alike.items():
         yield finding(
             plural(
-                "{first} stays in 16 bits: {reason}",
+                "{n:,} tensor of experts stays in 16 bits, {first}: {reason}",
                 "{n:,} tensors of experts stay in 16 bits, first {first}: {reason}",
                 len(names),
                 first=names[0],

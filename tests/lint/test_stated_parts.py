@@ -299,7 +299,6 @@ def test_a_negative_cache_scale_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (0.0, f"{DOWN}.weight_global_scale is 0; must be above 1"),
         (1 / 2688, f"{DOWN}.weight_global_scale is 0.000372024; must be above 1"),
         (-2688.0, f"{DOWN}.weight_global_scale is -2688; must be above 1"),
     ],
@@ -308,6 +307,13 @@ def test_a_divisor_that_is_none_is_named(value, message, tmp_path):
     case = tiny_packed("nvfp4-pack-quantized")
     case.tensors[f"{DOWN}.weight_global_scale"] = np.full(1, value, np.float32)
     assert ("warning", "O607", message) in said(case, tmp_path)
+
+
+def test_a_divisor_of_0_is_an_error(tmp_path):
+    case, name = tiny_packed("nvfp4-pack-quantized"), f"{DOWN}.weight_global_scale"
+    case.tensors[name] = np.zeros(1, np.float32)
+    message = f"1 linear decodes to no number: its weight_global_scale, which divides its weights, is 0 ({name})"
+    assert said(case, tmp_path)[0] == ("error", "O659", message)
 
 
 def test_scales_that_were_never_set_are_named(tmp_path):
