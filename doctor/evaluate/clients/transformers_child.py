@@ -131,12 +131,13 @@ def ask(folder: Path, sample: int, out: Path | None) -> dict[str, Any]:
         model, info = load_headers(found, folder, config)
     except (ImportError, PackageNotFoundError) as error:
         return answer | {"kind": "library", "error": first_line(error)}
-    except (MemoryError, OSError) as error:
-        return answer | {"kind": "machine", "error": first_line(error) or type(error).__name__}
     except Exception as error:
-        if "Cannot allocate memory" in str(error):  # a file larger than what the machine maps at once
-            return answer | {"kind": "machine", "error": first_line(error)}
-        return answer | {"kind": "refused", "error": f"{type(error).__name__}: {first_line(error)}"}
+        # A file may be larger than what the machine maps at once; that says nothing against it.
+        full = isinstance(error, MemoryError) or "Cannot allocate memory" in str(error)
+        return answer | {
+            "kind": "machine" if full else "refused",
+            "error": f"{type(error).__name__}: {first_line(error)}",
+        }
     cached = (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme") is not None
     answer |= {
         "missing": sorted(info["missing_keys"]),
@@ -163,7 +164,7 @@ def load_headers(found: Any, folder: Path, config: Any) -> tuple[Any, Any]:
     as long as its disk. Here its loader gets tensors of the same shape and type that hold nothing. Where a step of it
     needs values, a small model is loaded as it is.
     """
-    whole = {"output_loading_info": True, "trust_remote_code": False, "local_files_only": True}
+    whole = {"output_loading_info": True, "trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     load = partial(found.from_pretrained, folder, config=config, device_map={"": "meta"}, **whole)
     with values_left_out() as patched:
         try:

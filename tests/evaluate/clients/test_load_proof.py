@@ -168,3 +168,13 @@ def test_files_that_the_machine_cannot_map_say_nothing_against_them(tmp_path, mo
         monkeypatch.setattr(child, "load_headers", mock.Mock(side_effect=error))
         proof = as_record(child.ask(folder, 0, None), (), 0)
         assert not proof.refused and "this machine does not let" in str(proof.reason)
+
+
+def test_a_pickle_is_never_opened(tmp_path, monkeypatch):
+    from doctor.evaluate.clients import transformers_child as child
+
+    folder = save("llama", tmp_path / "m")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=AssertionError("opened")))
+    assert "model.safetensors" in child.ask(folder, 0, None)["error"]
