@@ -72,7 +72,9 @@ def missing_prefix(checkpoint, spec, tensors, config, recipe, files=None):
             have=found.have,
             **values,
         )
-    forgiven = found.added and (found.missing or found.extra == found.want)  # transformers has the prefix once, always
+    forgiven = found.added and (
+        found.missing or found.extra == found.want
+    )  # transformers adds it, and drops a second one
     yield finding(
         text,
         at=Place(tensors[first].shard, tensor=first),

@@ -23,7 +23,7 @@ from doctor.lint.rule import _, finding, rule
 from doctor.lint.testing import change, rehearsed
 
 
-@rule("G321", "error", implied_by=("C147", "C173", "F001", "F005", "F050", "F078", "F053", "F064", "G335"))
+@rule("G321", "error", implied_by=("C147", "C173", "F001", "F005", "F050", "F053", "F064", "F078", "G335"))
 def quantize_would_refuse(checkpoint, rehearsal):
     if rehearsal.refused:
         yield finding(

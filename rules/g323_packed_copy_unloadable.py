@@ -2,9 +2,11 @@
 
 Why: transformers puts packed modules in the place of a class's linears. GPT-2's and GPT's linears are Conv1D, which it
 leaves as they are; the loader of Kimi-Linear and OLMo-hybrid joins tensors that it does not find in a packed file; and
-those of Molmo2, HRM and Ernie 4.5 VL cut stored tensors apart. Of a GPTQ file it takes the decoder layers alone. Such a copy loads nowhere in transformers, whoever wrote it. This is known from the family's name, so it
-is said before any work. Other families whose own code reads the weight of a linear (Falcon, Mamba, RWKV, ModernBERT) are
-written with `"dequantize": true` in quantization_config: transformers then unpacks their linears while it loads the file.
+those of Molmo2, HRM and Ernie 4.5 VL cut stored tensors apart. Such a copy loads nowhere in transformers, whoever wrote
+it. This is known from the family's name, so it is said before any work. Of a GPTQ file transformers takes the linears of
+decoder layers alone: those of a vision tower (`--vision`) keep random numbers. Other families whose own code reads the
+weight of a linear (Falcon, Mamba, RWKV, ModernBERT) are written with `"dequantize": true` in quantization_config:
+transformers then unpacks their linears while it loads the file.
 
 Seen as:
 - transformers: `'Linear' object has no attribute 'weight'`

@@ -21,6 +21,7 @@ from doctor.core.messages import _
 from doctor.core.records import LoadProof
 from doctor.evaluate.clients import llama_cpp_child
 from doctor.evaluate.clients.transformers_child import EXPERT
+from doctor.formats.base import Format
 from doctor.formats.registry import KNOWN
 from doctor.model.quantization_config import quantization_of
 from doctor.quant.client import Linears
@@ -36,13 +37,12 @@ def prove_loading(
     says is in the record, never raised. python: the interpreter that has llama.cpp; None takes doctor's own.
     """
     opened = Checkpoint.open(folder)
-    models, block = opened.gguf, quantization_of(opened)
+    models, unread = opened.gguf, format_without_client(opened)
     if models:
         root = Path(folder) if Path(folder).is_dir() else Path(folder).parent
         return _prove_by_llama_cpp(root / models[0].files[0].name, models[0], python, seconds)
-    label = next((form.label for form in KNOWN.values() if block and not form.client and form.claims(block[0])), "")
-    if label:
-        reason = _("no program here reads {label}; doctor's own reader alone read it", label=label)
+    if unread:
+        reason = _("no program here reads {label}; doctor's own reader alone read it", label=unread.label)
         return LoadProof("doctor", reason=reason)
     with tempfile.TemporaryDirectory(prefix="doctor-load-") as place:
         out = Path(place) / "sample.safetensors"
@@ -51,6 +51,12 @@ def prove_loading(
             return LoadProof("transformers", reason=answer)
         differing, compared = _compare(Path(folder), out) if out.exists() else ((), 0)
     return as_record(answer, differing, compared)
+
+
+def format_without_client(checkpoint: Checkpoint) -> Format | None:
+    """The format of a quantized checkpoint that no client of a processor reads; None for the others."""
+    block = quantization_of(checkpoint)
+    return next((form for form in KNOWN.values() if block and not form.client and form.claims(block[0])), None)
 
 
 def _prove_by_llama_cpp(path: Path, model: GgufModel, python: str | None, seconds: float) -> LoadProof:

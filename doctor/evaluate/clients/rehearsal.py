@@ -16,9 +16,15 @@ from doctor.checkpoint.directory import Checkpoint
 from doctor.core.messages import from_data
 from doctor.core.recipe import Recipe
 from doctor.core.rehearsal import Rehearsal
-from doctor.evaluate.clients.load_proof import SECONDS, as_record, ask_child, linears_of_class, prove_loading
-from doctor.formats.registry import KNOWN, format_of
-from doctor.model.quantization_config import quantization_of
+from doctor.evaluate.clients.load_proof import (
+    SECONDS,
+    as_record,
+    ask_child,
+    format_without_client,
+    linears_of_class,
+    prove_loading,
+)
+from doctor.formats.registry import format_of
 from doctor.quant.client import Client
 
 
@@ -39,8 +45,7 @@ def start(checkpoint: Checkpoint, recipe: Recipe) -> Future[Rehearsal] | None:
     """The same, under way; None where the files are no directory, or transformers is not here or not who reads them."""
     if type(checkpoint) is not Checkpoint or not checkpoint.root.is_dir():
         return None
-    block = quantization_of(checkpoint)
-    if block and any(form.claims(block[0]) and not form.client for form in KNOWN.values()):
+    if format_without_client(checkpoint):
         return None
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return None

@@ -30,7 +30,7 @@ from doctor.quant.calibration.tokenizer import directory_of
 
 PACKED, SCALE = "weight_packed", "weight_scale"
 WORDS = "qweight"
-SMALL = 2 << 30  # bytes that are read where a format's code needs values to load
+SMALL = 2 << 30  # bytes: files that are read whole where a format's code needs values to load
 EXPERT = re.compile(r"\.experts\.\d+\.")
 # Scales of an FP8 cache, which engines read; transformers keeps its cache in 16 bits and passes them over.
 CACHE_SCALE = re.compile(r"\.[qkv]_scale$")
