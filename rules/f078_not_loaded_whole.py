@@ -38,11 +38,13 @@ def not_loaded_whole(checkpoint, rehearsal, spec, recipe, tensors, quantization_
         raise Unavailable(
             _("{client} refuses the files on this machine: {error}", client=proof.client, error=proof.refused)
         )
-    if quantization_block and (problem := load_problem(proof, recipe, spec.model_type, tensors)):
-        yield finding(problem.message, severity=problem.severity, evidence=problem.evidence)
+    lost = [*proof.missing, *proof.mismatched]
+    if quantization_block:
+        problem = load_problem(proof, recipe, spec.model_type, tensors) if lost else None
+        if problem:
+            yield finding(problem.message, severity=problem.severity, evidence=problem.evidence)
         return
     values = {"client": proof.client, "name": proof.architecture}
-    lost = [*proof.missing, *proof.mismatched]
     evidence = {kind: len(getattr(proof, kind)) for kind in ("missing", "unexpected", "mismatched")}
     severity = "" if recipe.runtime in ("", "transformers") else "warning"
     advice = _("rename the tensors, fetch those that are lost, or name the class that the files were saved from")

@@ -186,9 +186,9 @@ def test_a_parameter_that_no_table_knows_is_missed_by_the_class_itself(tmp_path,
 def test_what_transformers_reads_not_is_an_error_for_it_alone(tmp_path):
     from doctor.api import check
     from doctor.core.rehearsal import GIVEN_REHEARSAL, Rehearsal
-    from doctor.lint.testing import tiny
+    from doctor.lint.testing import tiny, tiny_gptq
 
-    path = tiny().write(tmp_path / "m")
+    path, packed = tiny().write(tmp_path / "m"), tiny_gptq().write(tmp_path / "q")
     for source, severities in (
         (LoadProof("transformers 5", "X", mismatched=("a.weight",)), {"": "error", "vllm": "warning"}),
         (LoadProof("transformers 5", "X", refused="ValueError: no"), {"transformers": "error", "vllm": "warning"}),
@@ -202,3 +202,11 @@ def test_what_transformers_reads_not_is_an_error_for_it_alone(tmp_path):
             facts = [("checkpoint:", GIVEN_REHEARSAL.name, Rehearsal(source=source))]
             report = check(path, Recipe(goal="serve", runtime=runtime), stage="header", facts=facts, select=["F078"])
             assert [f.severity for f in report.findings] == ([severity] if severity else [])
+    for source, severity in (
+        (LoadProof("transformers 5", "X", unexpected=("mtp.weight",)), None),
+        (LoadProof("transformers 5", "X", refused="RuntimeError: no GPU"), None),
+        (LoadProof("transformers 5", "X", missing=("a.qweight",), unexpected=("a.weight",)), "error"),
+    ):
+        facts = [("checkpoint:", GIVEN_REHEARSAL.name, Rehearsal(source=source))]
+        report = check(packed, Recipe(goal="serve"), stage="header", facts=facts, select=["F078"])
+        assert [f.severity for f in report.findings] == ([severity] if severity else [])
